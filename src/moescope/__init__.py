@@ -1,0 +1,86 @@
+"""What the experts of a mixture-of-experts language model do, and which do the same thing.
+
+The public names load on first use, so that `import moescope` is quick.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moescope.alignment.fit import AlignmentResult, fit
+    from moescope.alignment.samples import Samples
+    from moescope.analyses.align import align
+    from moescope.analyses.routing import routing
+    from moescope.captures.read import Capture
+    from moescope.captures.record import capture
+    from moescope.corpora.corpus import Corpus
+    from moescope.errors import MoEScopeError
+    from moescope.experts.adapter import Adapter
+    from moescope.experts.weights import ExpertWeights
+    from moescope.models.conformance import conformance
+    from moescope.models.load import load
+    from moescope.models.view import MoELayer, MoEModel, Routing
+    from moescope.reports.write import report
+    from moescope.runs import Result, Run
+    from moescope.study import study
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Adapter": "experts.adapter",
+    "AlignmentResult": "alignment.fit",
+    "Capture": "captures.read",
+    "Corpus": "corpora.corpus",
+    "ExpertWeights": "experts.weights",
+    "MoELayer": "models.view",
+    "MoEModel": "models.view",
+    "MoEScopeError": "errors",
+    "Result": "runs",
+    "Routing": "models.view",
+    "Run": "runs",
+    "Samples": "alignment.samples",
+    "align": "analyses.align",
+    "capture": "captures.record",
+    "conformance": "models.conformance",
+    "fit": "alignment.fit",
+    "load": "models.load",
+    "report": "reports.write",
+    "routing": "analyses.routing",
+    "study": "study",
+}
+
+__all__ = [
+    "Adapter",
+    "AlignmentResult",
+    "Capture",
+    "Corpus",
+    "ExpertWeights",
+    "MoELayer",
+    "MoEModel",
+    "MoEScopeError",
+    "Result",
+    "Routing",
+    "Run",
+    "Samples",
+    "__version__",
+    "align",
+    "capture",
+    "conformance",
+    "fit",
+    "load",
+    "report",
+    "routing",
+    "study",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'moescope' has no attribute {name!r}")
+    value = getattr(import_module(f"moescope.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

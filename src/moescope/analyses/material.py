@@ -1,0 +1,56 @@
+"""What an analysis works on: a run, its capture, and the model when it is needed."""
+
+import os
+from functools import cached_property
+
+from moescope.captures.read import Capture
+from moescope.errors import CaptureError
+from moescope.models.load import load
+from moescope.models.view import MoEModel
+from moescope.runs import Run
+
+IN_MEMORY = "in memory"
+
+
+class Material:
+    """A run folder opened for an analysis; capture and model load on first use.
+
+    Args:
+        run: The run folder.
+        model: The captured model if it is loaded already; needed only where it was captured
+            from memory, so that its weights cannot be found again.
+    """
+
+    def __init__(self, run: Run | str | os.PathLike[str], model: MoEModel | None = None) -> None:
+        self.run = run if isinstance(run, Run) else Run(run)
+        self._given_model = model
+
+    @cached_property
+    def capture(self) -> Capture:
+        """The recorded tensors."""
+        return Capture(self.run)
+
+    @cached_property
+    def model(self) -> MoEModel:
+        """The model that was captured.
+
+        Raises:
+            CaptureError: The model is another one than the captured, or cannot be found again.
+        """
+        model = self._given_model or self._loaded()
+        if model.fingerprint != self.capture.model_fingerprint:
+            raise CaptureError(
+                f"{self.run.path} was captured from another model",
+                got=f"{model.name} ({model.fingerprint[:12]})",
+                expected=f"{self.capture.model_name} ({self.capture.model_fingerprint[:12]})",
+                remedy="Pass the captured model, or capture this one into a new folder",
+            )
+        return model
+
+    def _loaded(self) -> MoEModel:
+        if self.capture.model_name == IN_MEMORY:
+            raise CaptureError(
+                f"{self.run.path} was captured from a model in memory, which cannot be loaded again",
+                remedy="Pass it: `moescope.align(run, model=model, ...)`",
+            )
+        return load(self.capture.model_name, revision=self.capture.model_revision)

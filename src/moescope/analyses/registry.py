@@ -1,0 +1,127 @@
+"""The registry of analyses: what each asks, what it needs, how it is called."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any, Generic, Literal, TypeVar, get_args
+
+from moescope import analyses
+from moescope.analyses.material import Material
+from moescope.config import build
+from moescope.errors import OptionError, unknown
+from moescope.models.view import MoEModel
+from moescope.runs import Result, Run, library_versions
+
+Need = Literal[
+    "weights", "routing", "inputs", "residual", "shared_output", "token_loss", "live model"
+]
+Options = TypeVar("Options")
+Compute = Callable[[Material, Options], Result]
+
+_REGISTRY: dict[str, "Analysis[Any]"] = {}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Analysis(Generic[Options]):
+    """A question, and the function that answers it. Call it with a run and options."""
+
+    name: str
+    """Its name: subcommand, function and result file."""
+    question: str
+    """What it answers, in one sentence."""
+    source: str
+    """The study the question comes from."""
+    needs: frozenset[Need]
+    """What must be captured, or present, before it runs."""
+    options: type[Options]
+    """Dataclass of its options."""
+    compute: Compute[Options]
+    """The function: material and options in, result out."""
+
+    def __call__(
+        self,
+        run: Run | str | os.PathLike[str],
+        *,
+        model: MoEModel | None = None,
+        **options: Any,
+    ) -> Result:
+        """Answer the question for a run, save the result there and return it.
+
+        Args:
+            run: A run folder with a capture.
+            model: The captured model if it is in memory already.
+            **options: Fields of this analysis' options.
+
+        Raises:
+            OptionError: An unknown or unfit option.
+            CaptureError: The capture is missing, damaged, or lacks a tensor this analysis needs.
+        """
+        return self.run(Material(run, model), build(self.options, options, self.name))
+
+    def run(self, material: Material, options: Options) -> Result:
+        """The same with options built already."""
+        result = self.compute(material, options)
+        capture = material.capture
+        provenance = {
+            "analysis": self.name,
+            "options": dataclasses.asdict(options),  # type: ignore[call-overload]
+            "model": capture.model_name,
+            "model_revision": capture.model_revision,
+            "model_fingerprint": capture.model_fingerprint,
+            "capture": capture.digest,
+            "tokens": capture.num_tokens,
+            "documents": len(capture.document_names),
+            "libraries": library_versions(),
+            **result.provenance,
+        }
+        result = dataclasses.replace(result, provenance=provenance)
+        result.save(material.run.results_folder)
+        return result
+
+
+def analysis(
+    *, question: str, source: str, needs: set[Need], options: type[Options]
+) -> Callable[[Compute[Options]], Analysis[Options]]:
+    """Register the decorated function under its own name.
+
+    Raises:
+        OptionError: The name is taken.
+    """
+    assert needs <= set(get_args(Need)), needs
+
+    def register(compute: Compute[Options]) -> Analysis[Options]:
+        name = compute.__name__.replace("_", "-")
+        if name in _REGISTRY:
+            raise OptionError(f"two analyses are called {name!r}")
+        _REGISTRY[name] = Analysis(
+            name=name,
+            question=question,
+            source=source,
+            needs=frozenset(needs),
+            options=options,
+            compute=compute,
+        )
+        return _REGISTRY[name]
+
+    return register
+
+
+def all_analyses() -> dict[str, Analysis[Any]]:
+    """Every analysis by name; each lives in a file of this folder and registers itself."""
+    for module in iter_modules(analyses.__path__):
+        import_module(f"{analyses.__name__}.{module.name}")
+    return dict(sorted(_REGISTRY.items()))
+
+
+def find(name: str) -> Analysis[Any]:
+    """The analysis of this name.
+
+    Raises:
+        OptionError: There is none; the message suggests the nearest.
+    """
+    known = all_analyses()
+    if name not in known:
+        raise unknown("analysis", name, known)
+    return known[name]

@@ -1,0 +1,1 @@
+"""Text in: documents to packed token batches."""

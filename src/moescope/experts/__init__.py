@@ -1,0 +1,1 @@
+"""Experts and adapters as plain tensors."""

@@ -1,0 +1,1 @@
+"""Measures: tensors in, tensors out."""
