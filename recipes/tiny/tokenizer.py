@@ -1,6 +1,6 @@
 """Train the byte-level BPE tokenizer of `tiny` on its training documents.
 
-    python recipes/tiny/tokenizer.py --work DIR
+python recipes/tiny/tokenizer.py --work DIR
 """
 
 import argparse

@@ -60,7 +60,9 @@ def build(options: type[Options], values: object, where: str) -> Options:
     required = [f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING]
     if missing := [name for name in required if name not in values]:
         raise OptionError(f"{where} lacks {', '.join(missing)}")
-    return options(**{key: _fit(hints[key], value, f"{where}.{key}") for key, value in values.items()})
+    return options(
+        **{key: _fit(hints[key], value, f"{where}.{key}") for key, value in values.items()}
+    )
 
 
 def _fit(hint: Any, value: object, where: str) -> object:
@@ -71,4 +73,3 @@ def _fit(hint: Any, value: object, where: str) -> object:
     except ValidationError as error:
         problem = error.errors()[0]
         raise OptionError(f"{where}: {problem['msg']}", got=repr(problem["input"])) from error
-

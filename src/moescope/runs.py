@@ -60,10 +60,14 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def to_json(value: object) -> str:
+    """Sorted, indented JSON; NaN and infinity become null."""
+    return json.dumps(_plain(value), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+
+
 def write_json(path: Path, value: object) -> None:
-    """Write sorted, indented JSON atomically; NaN and infinity become null."""
-    text = json.dumps(_plain(value), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    write_text(path, text + "\n")
+    """Write what `to_json` gives, atomically."""
+    write_text(path, to_json(value) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -129,13 +133,17 @@ class Result:
         (folder / f"{self.name}.json").unlink(missing_ok=True)
         for table, frame in self.tables.items():
             write_atomically(self._parquet(folder, table), frame.to_parquet)
-        content = {
-            "schema": RESULT_SCHEMA,
-            "tables": list(self.tables),
+        content = self.as_dict() | {"schema": RESULT_SCHEMA, "tables": list(self.tables)}
+        write_json(folder / f"{self.name}.json", content)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain values; tables as lists of rows."""
+        return {
+            "name": self.name,
             "findings": [{"text": f.text, "numbers": f.numbers} for f in self.findings],
+            "tables": {table: frame.to_dict("records") for table, frame in self.tables.items()},
             "provenance": self.provenance,
         }
-        write_json(folder / f"{self.name}.json", content)
 
     @classmethod
     def load(cls, folder: Path, name: str) -> "Result":

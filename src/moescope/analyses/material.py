@@ -50,7 +50,7 @@ class Material:
     def _loaded(self) -> MoEModel:
         if self.capture.model_name == IN_MEMORY:
             raise CaptureError(
-                f"{self.run.path} was captured from a model in memory, which cannot be loaded again",
+                f"{self.run.path} was captured from a model in memory",
                 remedy="Pass it: `moescope.align(run, model=model, ...)`",
             )
         return load(self.capture.model_name, revision=self.capture.model_revision)

@@ -1,6 +1,7 @@
 """The registry of analyses: what each asks, what it needs, how it is called."""
 
 import dataclasses
+import json
 import os
 from collections.abc import Callable
 from importlib import import_module
@@ -12,7 +13,7 @@ from moescope.analyses.material import Material
 from moescope.config import build
 from moescope.errors import OptionError, unknown
 from moescope.models.view import MoEModel
-from moescope.runs import Result, Run, library_versions
+from moescope.runs import Result, Run, library_versions, to_json
 
 Need = Literal[
     "weights", "routing", "inputs", "residual", "shared_output", "token_loss", "live model"
@@ -63,8 +64,22 @@ class Analysis(Generic[Options]):
     def run(self, material: Material, options: Options) -> Result:
         """The same with options built already."""
         result = self.compute(material, options)
+        provenance = self._provenance(material, options) | dict(result.provenance)
+        result = dataclasses.replace(result, provenance=provenance)
+        result.save(material.run.results_folder)
+        return result
+
+    def is_done(self, material: Material, options: Options) -> bool:
+        """Whether the run holds this result, of the same capture, options and versions."""
+        if self.name not in material.run.results():
+            return False
+        found = material.run.result(self.name).provenance
+        asked = json.loads(to_json(self._provenance(material, options)))
+        return all(found.get(key) == value for key, value in asked.items())
+
+    def _provenance(self, material: Material, options: Options) -> dict[str, Any]:
         capture = material.capture
-        provenance = {
+        return {
             "analysis": self.name,
             "options": dataclasses.asdict(options),  # type: ignore[call-overload]
             "model": capture.model_name,
@@ -74,11 +89,7 @@ class Analysis(Generic[Options]):
             "tokens": capture.num_tokens,
             "documents": len(capture.document_names),
             "libraries": library_versions(),
-            **result.provenance,
         }
-        result = dataclasses.replace(result, provenance=provenance)
-        result.save(material.run.results_folder)
-        return result
 
 
 def analysis(

@@ -11,7 +11,7 @@ from moescope.analyses.material import Material
 from moescope.analyses.registry import analysis
 from moescope.captures.read import Capture
 from moescope.measures import routing as measures
-from moescope.measures.bootstrap import FEWEST_DOCUMENTS, ratio_interval
+from moescope.measures.bootstrap import FEWEST_UNITS, ratio_interval
 from moescope.progress import track
 from moescope.runs import Finding, Result
 
@@ -109,7 +109,10 @@ def share_table(
             chosen = (tokens > 0) & ((number < 0) | (domain_of_document == number))
             counts, total = part.counts[chosen], tokens[chosen]
             low, high = ratio_interval(
-                counts, total, resamples=options.bootstrap, seed=options.seed
+                counts.astype(float),
+                total.astype(float),
+                resamples=options.bootstrap,
+                seed=options.seed,
             )
             frame = {
                 "layer": part.layer,
@@ -219,7 +222,7 @@ def _divergence_findings(divergence: pd.DataFrame, options: RoutingOptions) -> l
     # Bonferroni over all pairs and layers, at the finest p that this many shuffles can give.
     corrected = divergence.p_value * len(divergence)
     clear = int((corrected <= 0.05).sum())
-    top = divergence.loc[divergence.excess.idxmax()]
+    top = divergence.iloc[int(divergence.excess.argmax())]
     text = (
         f"Domains are routed apart in {clear} of {len(divergence)} comparisons (layer x pair of "
         f"domains; corrected p <= 0.05, {options.permutations} shuffles of documents). Largest: "
@@ -229,10 +232,10 @@ def _divergence_findings(divergence: pd.DataFrame, options: RoutingOptions) -> l
     )
     numbers = {"clear": clear, "comparisons": len(divergence), "js_bits": float(top.js_bits)}
     found = [Finding(text=text, numbers=numbers)]
-    if 0.05 < len(divergence) / (1 + options.permutations):
+    if len(divergence) / (1 + options.permutations) > 0.05:
         found.append(
             Finding(text="Too few shuffles for this many comparisons: raise --permutations.")
         )
-    if fewest < FEWEST_DOCUMENTS:
+    if fewest < FEWEST_UNITS:
         found.append(Finding(text=f"Some comparisons rest on {fewest} documents only."))
     return found

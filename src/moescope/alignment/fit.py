@@ -1,0 +1,57 @@
+"""One pair of experts: can the target stand in for the source behind a change of input?"""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from moescope.alignment.options import FitOptions, Protocol, SolverOptions
+from moescope.alignment.pairs import fit_pairs
+from moescope.alignment.result import AlignmentResult
+from moescope.alignment.samples import Samples
+from moescope.experts.weights import ExpertWeights
+
+__all__ = ["AlignmentResult", "fit"]
+
+
+def fit(
+    train: Samples,
+    held_out: Samples,
+    target: ExpertWeights,
+    *,
+    source: ExpertWeights | None = None,
+    target_inputs: Float[Tensor, "..."] | None = None,
+    protocol: Protocol = "converged",
+    controls: bool = True,
+    budget_seconds: float | None = None,
+    seed: int = 0,
+    solver: SolverOptions = SolverOptions(),  # noqa: B008 (frozen)
+) -> AlignmentResult:
+    """Train an adapter `A` so that `target(A(x))` comes near the outputs of the source expert.
+
+    Args:
+        train: Inputs and outputs of the source expert to learn from.
+        held_out: Others, of other documents, for the reported errors.
+        target: The expert to put behind the adapter; frozen.
+        source: The expert that made the outputs; without it there is no ceiling and no score.
+        target_inputs: Inputs [tokens, hidden] of the target in its own layer, where known: they
+            give the fit its start.
+        protocol: "converged", or "published": the ten steps of the MoE Align study.
+        controls: Whether random targets and hidden-rotation self are fitted too.
+        budget_seconds: Wall time that training may take, controls included.
+        seed: Of all random choices.
+        solver: The converged protocol, in numbers.
+
+    Raises:
+        AlignmentError: Shapes do not fit, or a tensor holds NaN or infinity.
+    """
+    options = FitOptions(
+        protocol=protocol,
+        controls=controls,
+        budget_seconds=budget_seconds,
+        seed=seed,
+        solver=solver,
+    )
+    inputs = {} if target_inputs is None else {"target": target_inputs}
+    found = fit_pairs(
+        train, held_out, {"target": target}, source=source, target_inputs=inputs, options=options
+    )
+    return found["target"]

@@ -1,0 +1,104 @@
+"""What an expert did on a sample of tokens: its inputs, its outputs, their documents."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from moescope.errors import AlignmentError
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Inputs and outputs of one expert on the tokens routed to it.
+
+    Raises:
+        AlignmentError: The tensors do not fit one another, or hold NaN or infinity.
+    """
+
+    inputs: Float[Tensor, "..."]
+    """[tokens, hidden]: what the expert was given."""
+    outputs: Float[Tensor, "..."]
+    """[tokens, hidden]: what it returned, before the routing weight."""
+    documents: Int64[Tensor, "..."] | None = None
+    """[tokens]: number of the document of each token; needed for intervals."""
+
+    def __post_init__(self) -> None:
+        if self.inputs.ndim != 2 or self.inputs.shape != self.outputs.shape:
+            raise AlignmentError(
+                "inputs and outputs do not fit one another",
+                got=f"{tuple(self.inputs.shape)} and {tuple(self.outputs.shape)}",
+                expected="[tokens, hidden] twice",
+            )
+        if self.documents is not None and self.documents.shape != self.inputs.shape[:1]:
+            raise AlignmentError(
+                "there is not one document per token",
+                got=tuple(self.documents.shape),
+                expected=tuple(self.inputs.shape[:1]),
+            )
+        require_finite("inputs", self.inputs)
+        require_finite("outputs", self.outputs)
+
+    def __len__(self) -> int:
+        return self.inputs.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of inputs and outputs."""
+        return self.inputs.shape[1]
+
+    @property
+    def num_documents(self) -> int:
+        """Number of documents, 0 where they are not known."""
+        return 0 if self.documents is None else len(torch.unique(self.documents))
+
+    def single(self) -> "Samples":
+        """The same in fp32."""
+        return Samples(self.inputs.float(), self.outputs.float(), self.documents)
+
+    def where(self, chosen: Bool[Tensor, " tokens"]) -> "Samples":
+        """The chosen tokens."""
+        documents = None if self.documents is None else self.documents[chosen]
+        return Samples(self.inputs[chosen], self.outputs[chosen], documents)
+
+    def split(self, share: float, generator: torch.Generator) -> tuple["Samples", "Samples"]:
+        """Set aside about `share` of the tokens, by whole documents where there are at least two.
+
+        Returns:
+            The tokens that stay, and those set aside; at least one token in each.
+        """
+        number = len(self)
+        wanted = min(max(1, round(share * number)), number - 1)
+        documents = torch.zeros(number) if self.documents is None else self.documents.cpu()
+        if self.num_documents < 2:
+            order = torch.randperm(number, generator=generator)
+            aside = torch.zeros(number, dtype=torch.bool)
+            aside[order[:wanted]] = True
+        else:
+            ids, of, sizes = torch.unique(documents, return_inverse=True, return_counts=True)
+            order = torch.randperm(len(ids), generator=generator)
+            # Whole documents, in random order, as long as they bring the share nearer.
+            filled = sizes[order].cumsum(0)
+            taken = filled - sizes[order] // 2 <= wanted
+            taken[0], taken[-1] = True, False
+            chosen = torch.zeros(len(ids), dtype=torch.bool)
+            chosen[order[taken]] = True
+            aside = chosen[of]
+        aside = aside.to(self.inputs.device)
+        return self.where(~aside), self.where(aside)
+
+
+def require_finite(name: str, tensor: Tensor) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        AlignmentError: `tensor` holds some.
+    """
+    bad = int((~tensor.isfinite()).sum())
+    if bad:
+        raise AlignmentError(
+            f"{name} hold NaN or infinity",
+            got=f"{bad} of {tensor.numel()} values",
+            remedy="Look for overflow in the model: capture in bf16 or fp32 instead of fp16",
+        )

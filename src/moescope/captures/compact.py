@@ -1,0 +1,67 @@
+"""Turns reservoir candidates into the final sample, layer by layer."""
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from moescope.captures.partial import Partial
+from moescope.captures.plan import Plan
+from moescope.captures.sampling import Reservoirs
+from moescope.captures.shards import (
+    SHARD_BYTES,
+    Columns,
+    Entry,
+    layer_tensor,
+    read_tensor,
+    write_shard,
+)
+
+
+def write_samples(
+    plan: Plan, partial: Partial, reservoirs: dict[int, Reservoirs]
+) -> Iterator[Entry]:
+    """Write the sample beyond the whole rows; its shards depend on the sample alone.
+
+    Holds one file of candidates and one shard (twice that while writing) at a time.
+    """
+    for layer in (layer.index for layer in plan.layers):
+        rows = _sampled_rows(plan, partial, layer, reservoirs[layer].sample())
+        for number, content in enumerate(_in_shards(rows)):
+            named = {layer_tensor(layer, name): values for name, values in content.items()}
+            file = f"sample-{layer:03d}-{number:05d}.safetensors"
+            yield write_shard(partial.folder, file, named, kind="sample", layers=[layer])
+
+
+def _sampled_rows(
+    plan: Plan, partial: Partial, layer: int, sample: Int64[Tensor, "sample"]
+) -> Iterator[dict[str, Tensor]]:
+    """Tensors of the sampled tokens in token order, one file of candidates after the other."""
+    folder, names = partial.candidate_folder, ["tokens", *(tensor.name for tensor in plan.wide)]
+    for entry in partial.candidates:
+        if layer not in entry["layers"]:
+            continue
+        tokens = read_tensor(folder, entry, layer_tensor(layer, "tokens"))
+        chosen = torch.isin(tokens, sample).nonzero()[:, 0]
+        if len(chosen):
+            tensors = (read_tensor(folder, entry, layer_tensor(layer, name)) for name in names)
+            yield {name: tensor[chosen] for name, tensor in zip(names, tensors, strict=True)}
+
+
+def _in_shards(parts: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """Join and cut again into as many rows as fit `SHARD_BYTES`, wherever the parts ended."""
+    columns, held = Columns(), 0
+    for part in parts:
+        for name, values in part.items():
+            columns.add(name, values)
+        held += len(part["tokens"])
+        size = max(1, SHARD_BYTES // (columns.bytes // held))
+        while held >= size:
+            rows = columns.take()
+            yield {name: values[:size] for name, values in rows.items()}
+            for name, values in rows.items():
+                columns.add(name, values[size:])
+            held -= size
+    if held:
+        yield columns.take()

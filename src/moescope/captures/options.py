@@ -1,0 +1,41 @@
+"""Options of a capture."""
+
+from dataclasses import dataclass
+
+from moescope.errors import OptionError
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureOptions:
+    """What to record, and of how many tokens."""
+
+    record: tuple[str, ...] = ("routing", "inputs")
+    """Tensors to record: routing, inputs, residual, shared_output, token_loss. Routing is always
+    recorded."""
+    tokens: int = 16_384
+    """Record the wide tensors of whole rows until this many tokens are in."""
+    tokens_per_expert: int = 5_000
+    """After that, record further tokens at random until every expert of every layer has this
+    many, if the corpus sends it so many."""
+    layers: tuple[int, ...] | None = None
+    """The model's own numbers of the layers to record; None records every MoE layer."""
+    dtype: str | None = None
+    """Type of the wide tensors: float32, bfloat16 or float16; None keeps the model's own."""
+    seed: int = 0
+    """Seed of the random choice of tokens."""
+    shard_tokens: int = 32_768
+    """Tokens per group of shards, fewer if they take more than 128 MiB. An interruption loses at
+    most one group."""
+
+    def __post_init__(self) -> None:
+        for name, least in {"tokens": 0, "tokens_per_expert": 0, "shard_tokens": 1}.items():
+            if getattr(self, name) < least:
+                raise OptionError(
+                    f"{name} is too small", got=getattr(self, name), expected=f"at least {least}"
+                )
+        if self.dtype not in (None, *DTYPES):
+            raise OptionError(
+                "unknown dtype for wide tensors", got=self.dtype, expected=", ".join(DTYPES)
+            )

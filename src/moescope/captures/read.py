@@ -1,0 +1,308 @@
+"""Opens what `capture` wrote."""
+
+import html
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from moescope.captures.partial import MANIFEST, PARTIAL
+from moescope.captures.sampling import expert_keys, lowest, priorities
+from moescope.captures.shards import SCHEMA, Entry, layer_tensor, read_tensor, verify
+from moescope.errors import CaptureError, MoEScopeError, unknown
+from moescope.models.view import Routing
+from moescope.runs import Run, read_json
+
+
+@dataclass(frozen=True, eq=False)
+class Recorded:
+    """A wide tensor of some of the tokens."""
+
+    tokens: Int64[Tensor, "recorded"]
+    """Indices into the tokens of the capture, ascending."""
+    values: Float[Tensor, "recorded hidden"]
+    """One row per token, in the dtype of the capture."""
+
+
+class Capture:
+    """An opened capture.
+
+    Tokens are the kept positions of the corpus in its order, T of them; padding is not among
+    them. Tensors are read from the disk when they are asked for.
+    """
+
+    def __init__(self, run: str | os.PathLike[str]) -> None:
+        """Open `run/capture` and check every shard.
+
+        Raises:
+            CaptureError: There is no complete capture, or a shard is missing, truncated or altered.
+        """
+        self.folder = Run(run).capture_folder
+        self.manifest: dict[str, Any] = self._read_manifest()
+        for entry in self.manifest["shards"]:
+            verify(self.folder, entry)
+        if sum(entry["tokens"] for entry in self._shards("tokens")) != self.num_tokens:
+            raise CaptureError(f"{self.folder / MANIFEST} was altered: its tokens do not add up")
+
+    def _read_manifest(self) -> dict[str, Any]:
+        path = self.folder / MANIFEST
+        if not path.exists():
+            begun = (self.folder / PARTIAL).exists()
+            raise CaptureError(
+                f"{self.folder} holds {'an unfinished' if begun else 'no'} capture",
+                remedy="Run the same capture again; it goes on where it stopped"
+                if begun
+                else "Run `moescope capture` first",
+            )
+        try:
+            manifest: dict[str, Any] = read_json(path)
+        except MoEScopeError as error:
+            raise CaptureError(f"{path} was altered: it is not JSON", got=error) from error
+        if manifest.get("schema") != SCHEMA:
+            raise CaptureError(
+                f"{path} has another format",
+                got=manifest.get("schema"),
+                expected=f"schema {SCHEMA}",
+                remedy="Capture again, or use the version of moescope that wrote it",
+            )
+        return manifest
+
+    @property
+    def layers(self) -> list[int]:
+        """The model's own numbers of the recorded layers, ascending."""
+        return [layer["index"] for layer in self.manifest["layers"]]
+
+    @property
+    def recorded(self) -> list[str]:
+        """Names of the recorded tensors."""
+        return list(self.manifest["options"]["record"])
+
+    @property
+    def domains(self) -> list[str]:
+        """Names of the domains."""
+        return list(self.manifest["domains"])
+
+    @property
+    def num_tokens(self) -> int:
+        """T, the number of tokens."""
+        return int(self.manifest["num_tokens"])
+
+    @property
+    def seed(self) -> int:
+        """Seed of the sample."""
+        return int(self.manifest["options"]["seed"])
+
+    @property
+    def model_name(self) -> str:
+        """What was loaded: Hub id, folder, or name of a reference model."""
+        return str(self.manifest["model"]["name"])
+
+    @property
+    def model_fingerprint(self) -> str:
+        """SHA-256 of the model's configuration and weights, as `MoEModel.fingerprint`."""
+        return str(self.manifest["model"]["fingerprint"])
+
+    def layer_facts(self, layer: int) -> dict[str, Any]:
+        """Family, `num_experts`, `top_k`, `hidden_size` and `intermediate_size` of a layer.
+
+        Raises:
+            CaptureError: The layer was not recorded.
+        """
+        for facts in self.manifest["layers"]:
+            if facts["index"] == layer:
+                return dict(facts)
+        raise CaptureError(
+            f"layer {layer} is not in {self.folder}",
+            expected=f"one of {', '.join(map(str, self.layers))}",
+            remedy="Capture again with that layer",
+        )
+
+    @cached_property
+    def token_ids(self) -> Int64[Tensor, "tokens"]:
+        """Vocabulary index of every token."""
+        return self._column("token_ids").long()
+
+    @cached_property
+    def documents(self) -> Int64[Tensor, "tokens"]:
+        """Document number of every token."""
+        return self._column("documents").long()
+
+    @cached_property
+    def domain_of(self) -> Int64[Tensor, "tokens"]:
+        """Index into `domains` of every token."""
+        return self._column("domains").long()
+
+    @cached_property
+    def rows(self) -> Int64[Tensor, "tokens"]:
+        """Row of the corpus of every token."""
+        return self._column("rows").long()
+
+    @cached_property
+    def positions(self) -> Int64[Tensor, "tokens"]:
+        """Position within its row of every token."""
+        return self._column("positions").long()
+
+    @property
+    def token_loss(self) -> Float[Tensor, "tokens"]:
+        """Loss of predicting the token after each, in nats; NaN where the row ends with it.
+
+        Raises:
+            CaptureError: It was not recorded.
+        """
+        self._require("token_loss")
+        return self._column("token_loss")
+
+    @cached_property
+    def document_names(self) -> list[str]:
+        """Names of the documents by number."""
+        names = []
+        for entry in self._shards("tokens"):
+            content = read_tensor(self.folder, entry, "document_names.bytes").numpy().tobytes()
+            ends = read_tensor(self.folder, entry, "document_names.ends").tolist()
+            names += [content[a:b].decode() for a, b in zip([0, *ends], ends, strict=False)]
+        return names
+
+    def routing(self, layer: int) -> Routing:
+        """What the router of a layer did with every token.
+
+        Raises:
+            CaptureError: The layer was not recorded.
+        """
+        parts = [routing for _, routing in self.routing_shards(layer)]
+        return Routing(
+            logits=torch.cat([part.logits for part in parts]),
+            weights=torch.cat([part.weights for part in parts]),
+            experts=torch.cat([part.experts for part in parts]),
+        )
+
+    def routing_shards(self, layer: int) -> Iterator[tuple[slice, Routing]]:
+        """The same in parts that fit in memory, each with the tokens it is about."""
+        self.layer_facts(layer)
+        for entry in self._shards("tokens"):
+            logits, weights, experts = (
+                read_tensor(self.folder, entry, layer_tensor(layer, name))
+                for name in ("logits", "weights", "experts")
+            )
+            first = entry["first_token"]
+            tokens = slice(first, first + entry["tokens"])
+            yield tokens, Routing(logits=logits, weights=weights, experts=experts.long())
+
+    def inputs(self, layer: int) -> Recorded:
+        """Inputs of the block, for the sample."""
+        return self.wide(layer, "inputs")
+
+    def residual(self, layer: int) -> Recorded:
+        """Residual stream before the block and its norm, for the sample."""
+        return self.wide(layer, "residual")
+
+    def shared_output(self, layer: int) -> Recorded:
+        """What the shared expert added, for the sample."""
+        return self.wide(layer, "shared_output")
+
+    def wide(self, layer: int, name: str) -> Recorded:
+        """Any wide tensor, for the sample of a layer.
+
+        The sample is all tokens of the first rows, and beyond them the union of the experts'
+        reservoirs; it is not a uniform sample of all tokens.
+
+        Raises:
+            CaptureError: The layer or the tensor was not recorded.
+        """
+        self.layer_facts(layer)
+        self._require(name)
+        entries = [
+            entry
+            for kind in ("rows", "sample")
+            for entry in self._shards(kind)
+            if layer in entry["layers"]
+        ]
+        if not entries:
+            raise CaptureError(
+                f"{self.folder} holds no sample of layer {layer}",
+                remedy="Capture with tokens or tokens_per_expert above 0",
+            )
+        tokens, values = (
+            torch.cat([read_tensor(self.folder, e, layer_tensor(layer, part)) for e in entries])
+            for part in ("tokens", name)
+        )
+        return Recorded(tokens, values)
+
+    def tokens_of(self, layer: int, expert: int) -> Int64[Tensor, "routed"]:
+        """All tokens that a layer routed to an expert, ascending.
+
+        Raises:
+            CaptureError: The layer was not recorded or has no such expert.
+        """
+        self._require_expert(layer, expert)
+        return torch.cat(
+            [
+                (routing.experts == expert).any(1).nonzero()[:, 0] + tokens.start
+                for tokens, routing in self.routing_shards(layer)
+            ]
+        )
+
+    def expert_inputs(self, layer: int, expert: int) -> Recorded:
+        """Inputs of the tokens in an expert's own sample.
+
+        These are its tokens in the whole rows and its reservoir. Tokens that are recorded only
+        because another of their experts chose them are left out: an expert often chosen beside a
+        rare one would have too many of those.
+
+        Raises:
+            CaptureError: The layer was not recorded, has no such expert, or has no inputs.
+        """
+        self._require_expert(layer, expert)
+        recorded = self.inputs(layer)
+        routed = torch.isin(recorded.tokens, self.tokens_of(layer, expert)).nonzero()[:, 0]
+        tokens = recorded.tokens[routed]
+        whole = int((tokens < self.manifest["num_whole_row_tokens"]).sum())
+        wanted = max(0, self.manifest["options"]["tokens_per_expert"] - whole)
+        key = expert_keys(self.seed, layer, expert + 1)[-1:]
+        alone = torch.zeros(len(tokens) - whole, 1, dtype=torch.int64)
+        numbers = priorities(key, alone, tokens[whole:])
+        own = lowest(alone[:, 0], numbers[:, 0], torch.tensor([wanted])) + whole
+        chosen = routed[torch.cat([torch.arange(whole), own.sort().values])]
+        return Recorded(recorded.tokens[chosen], recorded.values[chosen])
+
+    def _shards(self, kind: str) -> list[Entry]:
+        return [entry for entry in self.manifest["shards"] if entry["kind"] == kind]
+
+    def _column(self, name: str) -> Tensor:
+        return torch.cat([read_tensor(self.folder, e, name) for e in self._shards("tokens")])
+
+    def _require(self, name: str) -> None:
+        if name not in self.recorded:
+            raise unknown("recorded tensor:", name, self.recorded, CaptureError)
+
+    def _require_expert(self, layer: int, expert: int) -> None:
+        count = self.layer_facts(layer)["num_experts"]
+        if not 0 <= expert < count:
+            raise CaptureError(
+                f"layer {layer} has no such expert", got=expert, expected=f"0 to {count - 1}"
+            )
+
+    def _facts(self) -> dict[str, str]:
+        return {
+            "model": self.model_name,
+            "domains": ", ".join(self.domains),
+            "tokens": f"{self.num_tokens:,}",
+            "documents": f"{self.manifest['num_documents']:,}",
+            "layers": ", ".join(map(str, self.layers)),
+            "recorded": ", ".join(self.recorded),
+        }
+
+    def __repr__(self) -> str:
+        facts = "; ".join(f"{name} {fact}" for name, fact in self._facts().items())
+        return f"Capture({str(self.folder)!r}: {facts})"
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><th>{html.escape(name)}</th><td>{html.escape(fact)}</td></tr>"
+            for name, fact in self._facts().items()
+        )
+        return f"<h3>Capture</h3><table>{rows}</table>"

@@ -1,0 +1,227 @@
+"""Takes what the layers show during forward passes and turns it into shards."""
+
+import hashlib
+from dataclasses import replace
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from moescope.captures.partial import Group, Partial
+from moescope.captures.plan import Plan
+from moescope.captures.sampling import Reservoirs, expert_keys
+from moescope.captures.shards import (
+    SHARD_BYTES,
+    SPILL_BYTES,
+    Columns,
+    Entry,
+    layer_tensor,
+    read_tensor,
+    write_shard,
+)
+from moescope.corpora.packing import Batch
+from moescope.models.observe import Observation
+
+
+class Recorder:
+    """Buffers one group of shards and the reservoir candidates.
+
+    Holds at most `SHARD_BYTES` + `SPILL_BYTES` + one batch, twice that while writing. What it
+    computes per layer stays on the device of the model; only chosen rows leave it.
+    """
+
+    def __init__(self, plan: Plan, partial: Partial) -> None:
+        self._plan = plan
+        self._partial = partial
+        self._written = self._state = replace(partial.last, shards=(), candidates=())
+        self.reservoirs = _reservoirs(plan, partial)
+        self._narrow, self._rows, self._spill = Columns(), Columns(), Columns()
+        self._offers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._names: list[str] = []
+        self._spilling: set[int] = set()
+        self._spilled: list[Entry] = []
+
+    @property
+    def full(self) -> bool:
+        """Whether it is time to write.
+
+        Depends on the corpus and the options alone, so that an interruption changes no group.
+        """
+        tokens = self._state.tokens - self._written.tokens
+        buffered = self._narrow.bytes + self._rows.bytes
+        return tokens >= self._plan.options.shard_tokens or buffered >= SHARD_BYTES
+
+    def begin(self, batch: Batch) -> None:
+        """Look at a batch before its forward pass."""
+        self._first = self._state.tokens
+        self._whole = self._tokens_in_whole_rows(batch)
+        self._kept = batch.kept.flatten().nonzero()[:, 0]
+        self._kept_on_device = self._kept
+        self._state = Group(
+            rows=batch.first_row + len(batch.input_ids),
+            tokens=self._first + len(self._kept),
+            documents=self._state.documents + len(batch.document_names),
+            whole_tokens=self._state.whole_tokens + self._whole,
+            data_sha256=chained_sha256(self._state.data_sha256, batch),
+        )
+        self._names += batch.document_names.values()
+        rows, positions = batch.kept.nonzero(as_tuple=True)
+        self._narrow.add("token_ids", batch.input_ids[batch.kept].to(torch.int32))
+        self._narrow.add("documents", batch.documents[batch.kept].to(torch.int32))
+        self._narrow.add("domains", batch.domains[batch.kept].to(torch.int16))
+        self._narrow.add("rows", (rows + batch.first_row).to(torch.int32))
+        self._narrow.add("positions", positions.to(torch.int32))
+
+    def observe(self, seen: Observation) -> None:
+        """Take the tensors of one layer during the forward pass."""
+        kept = self._kept_beside(seen.routing.experts)
+        for tensor in self._plan.narrow:
+            for name, values in tensor.compute(seen, kept).items():
+                self._narrow.add(layer_tensor(seen.layer.index, name), values)
+        if self._plan.wide:
+            if self._whole:
+                self._take_whole_rows(seen, kept[: self._whole])
+            if self._whole < len(kept):
+                self._take_candidates(seen, kept[self._whole :])
+
+    def per_token(self, name: str, values: Tensor) -> None:
+        """Take a tensor of one number per position of the batch."""
+        self._narrow.add(name, values.flatten()[self._kept_beside(values)])
+
+    def end(self) -> None:
+        """Finish a batch after its forward pass."""
+        for columns in (self._narrow, self._rows, self._spill):
+            columns.settle()
+        for layer, (tokens, experts) in self._offers.items():
+            self.reservoirs[layer].offer(tokens.cpu(), experts.cpu())
+        self._offers.clear()
+        if self._spill.bytes >= SPILL_BYTES:
+            self._write_candidates()
+
+    def flush(self) -> None:
+        """Write the group and note that it is complete."""
+        if self._state.rows == self._written.rows:
+            return
+        folder, number = self._partial.folder, f"{len(self._partial.groups):05d}.safetensors"
+        tokens = {
+            "first_token": self._written.tokens,
+            "tokens": self._state.tokens - self._written.tokens,
+        }
+        content = self._narrow.take() | _text_tensors(self._names)
+        shards = [write_shard(folder, f"tokens-{number}", content, kind="tokens", **tokens)]
+        if self._rows.bytes:
+            layers = list(self._plan.options.layers or ())
+            content = self._rows.take()
+            shards.append(
+                write_shard(folder, f"rows-{number}", content, kind="rows", layers=layers)
+            )
+        self._write_candidates()
+        self._partial.commit(replace(self._state, shards=shards, candidates=self._spilled))
+        self._names, self._spilled, self._written = [], [], self._state
+
+    def _tokens_in_whole_rows(self, batch: Batch) -> int:
+        """How many kept tokens of the batch are recorded with their rows: a prefix."""
+        if not self._plan.wide:
+            return 0
+        counts = batch.kept.sum(1)
+        before = self._state.tokens + counts.cumsum(0) - counts
+        return int(counts[before < self._plan.options.tokens].sum())
+
+    def _kept_beside(self, tensor: Tensor) -> Int64[Tensor, "kept"]:
+        """Indices of the kept positions, on the device of a tensor."""
+        if self._kept_on_device.device != tensor.device:
+            self._kept_on_device = self._kept.to(tensor.device)
+        return self._kept_on_device
+
+    def _take_whole_rows(self, seen: Observation, chosen: Int64[Tensor, "chosen"]) -> None:
+        layer = seen.layer.index
+        self.reservoirs[layer].count_whole(seen.routing.experts[chosen])
+        tokens = torch.arange(self._first, self._first + len(chosen))
+        self._rows.add(layer_tensor(layer, "tokens"), tokens)
+        self._take_wide(self._rows, seen, chosen)
+
+    def _take_candidates(self, seen: Observation, offered: Int64[Tensor, "offered"]) -> None:
+        layer, first = seen.layer.index, self._first + self._whole
+        candidates = self.reservoirs[layer].candidates(seen.routing.experts[offered], first)
+        accepted = candidates.nonzero()[:, 0]
+        if not len(accepted):
+            return
+        chosen = offered[accepted]
+        experts = seen.routing.experts[chosen].to(torch.int16)
+        self._spilling.add(layer)
+        self._offers[layer] = (first + accepted, experts)
+        self._spill.add(layer_tensor(layer, "tokens"), first + accepted)
+        self._spill.add(layer_tensor(layer, "experts"), experts)
+        self._take_wide(self._spill, seen, chosen)
+
+    def _take_wide(
+        self, columns: Columns, seen: Observation, chosen: Int64[Tensor, "chosen"]
+    ) -> None:
+        for tensor in self._plan.wide:
+            for name, values in tensor.compute(seen, chosen).items():
+                columns.add(layer_tensor(seen.layer.index, name), values.to(self._plan.dtype))
+
+    def _write_candidates(self) -> None:
+        if not self._spill.bytes:
+            return
+        file = f"candidates-{len(self._partial.groups):05d}-{len(self._spilled):03d}.safetensors"
+        layers = sorted(self._spilling)
+        self._spilled.append(
+            write_shard(self._partial.candidate_folder, file, self._spill.take(), layers=layers)
+        )
+        self._spilling.clear()
+
+
+def _reservoirs(plan: Plan, partial: Partial) -> dict[int, Reservoirs]:
+    """The reservoirs of every layer as the complete groups left them."""
+    found = {}
+    for layer in plan.layers:
+        keys = expert_keys(plan.options.seed, layer.index, layer.num_experts)
+        found[layer.index] = one = Reservoirs(
+            keys, plan.options.tokens_per_expert, layer.router_weight.device
+        )
+        for group in partial.groups if plan.wide else ():
+            _restore(one, layer.index, partial, group)
+    return found
+
+
+def _restore(reservoirs: Reservoirs, layer: int, partial: Partial, group: Group) -> None:
+    device = reservoirs.device
+    for entry in group.shards:
+        if entry["kind"] == "rows":
+            tokens = read_tensor(partial.folder, entry, layer_tensor(layer, "tokens"))
+            experts = read_tensor(partial.folder, group.shards[0], layer_tensor(layer, "experts"))
+            reservoirs.count_whole(experts[: len(tokens)].to(device))
+    for entry in group.candidates:
+        if layer in entry["layers"]:
+            tokens, experts = (
+                read_tensor(partial.candidate_folder, entry, layer_tensor(layer, name))
+                for name in ("tokens", "experts")
+            )
+            reservoirs.offer(tokens, experts)
+
+
+def chained_sha256(before: str, batch: Batch) -> str:
+    """Hash of all rows up to the end of a batch, from that of the rows before it.
+
+    Per row: SHA-256 of the hex digest so far, then token ids, documents, domain and kept flags as
+    little-endian int32, without the padding. The same rows give the same hash in any batches.
+    """
+    for row, mask in enumerate(batch.attention_mask.bool()):
+        columns = (batch.input_ids, batch.documents, batch.domains, batch.kept)
+        values = [column[row][mask].numpy().astype("<i4").tobytes() for column in columns]
+        before = hashlib.sha256(before.encode() + b"".join(values)).hexdigest()
+    return before
+
+
+def _text_tensors(names: list[str]) -> dict[str, Tensor]:
+    """Strings as UTF-8 bytes and the end of each."""
+    encoded = [name.encode() for name in names]
+    ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
+    return {
+        "document_names.bytes": torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8)
+        if any(encoded)
+        else torch.empty(0, dtype=torch.uint8),
+        "document_names.ends": torch.from_numpy(ends),
+    }

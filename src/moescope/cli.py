@@ -1,0 +1,182 @@
+"""The command line: parse, call, print. Analyses appear by registration."""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from tyro.conf import OmitArgPrefixes, Positional
+from tyro.extras import subcommand_cli_from_dict
+
+from moescope.analyses.material import Material
+from moescope.analyses.registry import Analysis, all_analyses
+from moescope.captures.options import CaptureOptions
+from moescope.captures.record import capture
+from moescope.config import build, read_yaml
+from moescope.corpora.packing import Packing
+from moescope.demo import demo
+from moescope.errors import MoEScopeError, OptionError
+from moescope.models.load import load
+from moescope.reports.write import report
+from moescope.runs import Result, to_json
+from moescope.study import StudyConfig, open_corpus, plan, study
+
+Json = Annotated[bool, tyro.conf.arg(name="json", help="Print JSON for scripts.")]
+CorpusArguments = Annotated[
+    tuple[str, ...],
+    tyro.conf.arg(
+        name="corpus",
+        metavar="DOMAIN=SOURCE",
+        help="Text by domain, such as `wiki=a.txt:paragraphs maths=b.csv:question`; the built-in "
+        "corpus if left out.",
+    ),
+]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    try:
+        subcommand_cli_from_dict(
+            commands(),
+            prog="moescope",
+            description="What the experts of a mixture-of-experts language model do, and which of "
+            "them do the same thing.",
+            args=arguments,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+    except MoEScopeError as error:
+        print(f"moescope: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("moescope: interrupted; the same command continues from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def commands() -> dict[str, Callable[..., None]]:
+    """Every subcommand by name: the fixed ones and one per registered analysis."""
+    fixed: dict[str, Callable[..., None]] = {
+        "demo": demo_command,
+        "inspect": inspect_command,
+        "study": study_command,
+        "capture": capture_command,
+        "report": report_command,
+    }
+    return fixed | {name: _command_of(entry) for name, entry in all_analyses().items()}
+
+
+def demo_command(out: Path = Path("moescope-demo"), as_json: Json = False) -> None:
+    """Study the shipped model on the shipped text and write a report. Starts anew every time.
+
+    Args:
+        out: Run folder; an earlier demo in it is replaced.
+    """
+    _show_report(demo(out), as_json)
+
+
+def inspect_command(
+    model: Positional[str], revision: str | None = None, as_json: Json = False
+) -> None:
+    """Load a model and show its layers, and that every block can be rebuilt from its parts.
+
+    Args:
+        model: Hub id, local folder, or the name of a shipped model.
+        revision: Branch, tag or commit of a Hub model.
+    """
+    opened = load(model, revision=revision)
+    if as_json:
+        print(to_json(opened.summary()))
+    else:
+        print(opened)
+
+
+def study_command(
+    model: Positional[str],
+    out: Path,
+    config: Path | None = None,
+    corpus: CorpusArguments = (),
+    revision: str | None = None,
+    dry_run: bool = False,
+    as_json: Json = False,
+) -> None:
+    """Capture once what the chosen analyses need, run them, resume what is missing, report.
+
+    Args:
+        model: Hub id, local folder, or the name of a shipped model.
+        out: Run folder.
+        config: YAML file with any of `corpus`, `packing`, `capture` and `analyses`.
+        revision: Branch, tag or commit of a Hub model.
+        dry_run: Only print the plan with estimated time, disk and memory.
+    """
+    settings = build(StudyConfig, read_yaml(config) if config else {}, str(config))
+    if corpus:
+        settings = replace(settings, corpus=_sources(corpus))
+    opened = load(model, revision=revision)
+    if dry_run:
+        planned = plan(opened, out, settings)
+        print(to_json(planned.as_dict()) if as_json else planned)
+    else:
+        _show_report(report(study(opened, out, settings)), as_json)
+
+
+def capture_command(
+    model: Positional[str],
+    out: Path,
+    corpus: CorpusArguments = (),
+    packing: OmitArgPrefixes[Packing] = Packing(),  # noqa: B008
+    options: OmitArgPrefixes[CaptureOptions] = CaptureOptions(),  # noqa: B008
+    revision: str | None = None,
+    as_json: Json = False,
+) -> None:
+    """Record one forward pass over a corpus: routing of every token, wide tensors of a sample.
+
+    Args:
+        model: Hub id, local folder, or the name of a shipped model.
+        out: Run folder.
+        revision: Branch, tag or commit of a Hub model.
+    """
+    opened = load(model, revision=revision)
+    recorded = capture(opened, open_corpus(_sources(corpus), packing), out, **vars(options))
+    print(to_json(recorded.summary()) if as_json else recorded)
+
+
+def report_command(run: Positional[Path], as_json: Json = False) -> None:
+    """Write the report of a run: one HTML file, figures and tables.
+
+    Args:
+        run: Run folder with results.
+    """
+    _show_report(report(run), as_json)
+
+
+def _command_of(entry: Analysis[Any]) -> Callable[..., None]:
+    def command(run: Positional[Path], options: Any, as_json: Json = False) -> None:
+        _show(entry.run(Material(run), options), as_json)
+
+    command.__annotations__["options"] = Annotated[entry.options, tyro.conf.OmitArgPrefixes]
+    command.__doc__ = f"{entry.question}\n\nArgs:\n    run: Run folder with a capture."
+    return command
+
+
+def _sources(corpus: Sequence[str]) -> dict[str, str]:
+    pairs = [argument.partition("=") for argument in corpus]
+    for domain, equals, source in pairs:
+        if not (domain and equals and source):
+            raise OptionError(
+                "cannot read --corpus", got=domain + equals + source, expected="DOMAIN=SOURCE"
+            )
+    return {domain: source for domain, _, source in pairs}
+
+
+def _show(result: Result, as_json: bool) -> None:
+    print(to_json(result.as_dict()) if as_json else result)
+
+
+def _show_report(path: Path, as_json: bool) -> None:
+    print(to_json({"report": path}) if as_json else f"Report: {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

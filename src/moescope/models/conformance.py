@@ -1,0 +1,195 @@
+"""Proves that the view of a model is the model: rebuilds every block from its parts."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from moescope.errors import ConformanceError
+from moescope.models.observe import Observation, observe
+from moescope.models.view import MoELayer, MoEModel
+
+TOLERANCE = 1e-5
+"""Largest relative error, ||rebuilt - returned|| / ||returned||, of a block that conforms."""
+
+
+@dataclass(frozen=True)
+class _Difference:
+    """How far what was rebuilt is from what was observed."""
+
+    max_abs_error: float
+    relative_error: float
+
+
+def conformance(
+    model: MoEModel,
+    input_ids: Int[Tensor, "rows length"],
+    *,
+    attention_mask: Int[Tensor, "rows length"] | None = None,
+) -> pd.DataFrame:
+    """Rebuild what every mixture-of-experts block returns and compare, in fp32 or better.
+
+    Rebuilt, per layer: the output from the *captured* routing, `expert_outputs` and
+    `shared_output`; the same with `expert_weights` in place of `expert_outputs`; the router
+    logits from `router_weight`. The errors in the table are the largest of the three. Blocks of
+    half-precision models run once more, upcast, on the inputs that they had in the model, so
+    that both sides of the comparison are fp32 and a difference is a difference of mathematics.
+
+    Args:
+        model: The model.
+        input_ids: Token ids.
+        attention_mask: 1 at tokens that count; all by default.
+
+    Returns:
+        One row per layer: stack, layer, family, max_abs_error, relative_error, passed
+        (relative_error <= 1e-5).
+
+    Raises:
+        ConformanceError: A block was taken out of the model or is not run by it.
+    """
+    observations = _observations(model, input_ids, attention_mask)
+    kept = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    rows = []
+    for observation in observations:
+        layer = observation.layer
+        difference = _compare(observation, kept.flatten().bool())
+        rows.append(
+            {
+                "stack": layer.stack,
+                "layer": layer.index,
+                "family": layer.family,
+                "max_abs_error": difference.max_abs_error,
+                "relative_error": difference.relative_error,
+                "passed": difference.relative_error <= TOLERANCE,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def require_conformance(model: MoEModel) -> None:
+    """Refuse a model whose blocks cannot be rebuilt, on a few random tokens (fixed seed).
+
+    Raises:
+        ConformanceError: Names the first layer that fails and its error.
+    """
+    embeddings = model.model.get_input_embeddings().get_parameter("weight")
+    generator = torch.Generator().manual_seed(0)
+    table = conformance(model, torch.randint(len(embeddings), (2, 16), generator=generator))
+    for row in table.itertuples():
+        if not row.passed:
+            raise ConformanceError(
+                f"{row.stack} layer {row.layer} of the model {model.name!r} does not do what the "
+                f"family {row.family} says",
+                got=f"relative error {row.relative_error:.3g}",
+                expected=f"at most {TOLERANCE:g}",
+                remedy="Its blocks differ from those of the family in this version of transformers",
+            )
+
+
+def _observations(
+    model: MoEModel, input_ids: Tensor, attention_mask: Tensor | None
+) -> Sequence[Observation]:
+    """One observation per layer, of the model's own forward pass."""
+    for layer in model.layers:
+        if layer.decoder_layer.get_submodule(layer.block_path) is not layer.block:
+            raise _changed(model, layer, "another module has taken the place of the block")
+    observed: list[Observation] = []
+    mask = None if attention_mask is None else attention_mask.to(model.device)
+    with torch.no_grad(), observe(model.layers, observed.append):
+        model.model.base_model(
+            input_ids=input_ids.to(model.device), attention_mask=mask, use_cache=False
+        )
+    for layer in model.layers:
+        if all(observation.layer is not layer for observation in observed):
+            raise _changed(model, layer, "the forward pass of the model does not run the block")
+    return observed
+
+
+def _changed(model: MoEModel, layer: MoELayer, what: str) -> ConformanceError:
+    return ConformanceError(
+        f"{layer.stack} layer {layer.index} of the model {model.name!r} was changed",
+        got=what,
+        remedy="Undo the change, or load the model again",
+    )
+
+
+@torch.no_grad()
+def _compare(observation: Observation, kept: Bool[Tensor, " tokens"]) -> _Difference:
+    """The largest difference between what a layer did and what its parts say it did."""
+    layer = observation.layer
+    kept = kept.to(observation.input.device)
+    with _at_least_fp32(layer.block):
+        if observation.input.dtype.itemsize < torch.float32.itemsize:
+            observation = _replayed(layer, observation.input)
+        x, routing = observation.input, observation.routing
+        logits = linear(x.to(routing.logits), layer.router_weight.to(routing.logits))
+        pairs = [
+            (_rebuilt(observation, _by_module), observation.output),
+            (_rebuilt(observation, _by_weights), observation.output),
+            (logits, routing.logits),
+        ]
+        differences = [_difference(rebuilt[kept], seen[kept]) for rebuilt, seen in pairs]
+    return max(differences, key=lambda d: (math.isnan(d.relative_error), d.relative_error))
+
+
+def _by_module(layer: MoELayer, expert: int, x: Tensor) -> Tensor:
+    return layer.expert_outputs(x, [expert])[0]
+
+
+def _by_weights(layer: MoELayer, expert: int, x: Tensor) -> Tensor:
+    return layer.expert_weights(expert)(x)
+
+
+def _rebuilt(
+    observation: Observation, output_of: Callable[[MoELayer, int, Tensor], Tensor]
+) -> Float[Tensor, "tokens hidden"]:
+    """Block output: shared expert + sum over the chosen experts of weight * expert output."""
+    layer, routing, x = observation.layer, observation.routing, observation.input
+    shared = layer.shared_output(x)
+    output = torch.zeros_like(x) if shared is None else shared.clone()
+    for expert in sorted(set(routing.experts.flatten().tolist())):
+        tokens, slots = torch.where(routing.experts == expert)
+        weighted = routing.weights[tokens, slots, None] * output_of(layer, expert, x[tokens])
+        output.index_add_(0, tokens, weighted.to(output))
+    return output
+
+
+def _difference(rebuilt: Tensor, seen: Tensor) -> _Difference:
+    error = (rebuilt - seen).double()
+    scale = seen.double().norm().clamp_min(torch.finfo(torch.float64).tiny)
+    return _Difference(error.abs().max().item(), (error.norm() / scale).item())
+
+
+def _replayed(layer: MoELayer, x: Float[Tensor, "tokens hidden"]) -> Observation:
+    """What the (upcast) block does with the same inputs, upcast."""
+    observed: list[Observation] = []
+    with observe([layer], observed.append):
+        layer.block(x.float()[None])
+    return observed[0]
+
+
+@contextmanager
+def _at_least_fp32(block: nn.Module) -> Iterator[None]:
+    """Upcast the half-precision tensors of a block in place, then put the originals back.
+
+    In place rather than on a copy, so that whatever was done to the block takes part.
+    """
+    originals = [
+        (tensor, tensor.data)
+        for tensor in chain(block.parameters(), block.buffers())
+        if tensor.is_floating_point() and tensor.dtype.itemsize < torch.float32.itemsize
+    ]
+    try:
+        for tensor, original in originals:
+            tensor.data = original.float()
+        yield
+    finally:
+        for tensor, original in originals:
+            tensor.data = original

@@ -1,0 +1,263 @@
+"""One view over every family of mixture-of-experts models."""
+
+import hashlib
+import html
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moescope.errors import OptionError
+from moescope.experts.weights import ExpertWeights
+
+Stack = Literal["decoder", "encoder"]
+
+# What a configuration says about where and by what it was saved, not about the model.
+_NOT_THE_MODEL = ("_name_or_path", "architectures", "dtype", "transformers_version")
+_SAMPLED_VALUES = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class Routing:
+    """What the router of one layer said and what the layer did with it."""
+
+    logits: Float[Tensor, "tokens experts"]
+    """Router logits before any softmax, sigmoid, bias, or group limit."""
+    weights: Float[Tensor, "tokens top_k"]
+    """Weights with which the outputs of the chosen experts were added."""
+    experts: Int64[Tensor, "tokens top_k"]
+    """The experts that were used; not sorted."""
+
+
+class MoELayer(ABC):
+    """One sparse block of a model: a router, its experts and, in some families, a shared expert.
+
+    A family is a subclass that says where the parts are and registers itself
+    (`moescope.models.families.registry`). Tensors are flat: one row per token.
+    """
+
+    family: ClassVar[str]
+    """Name of the family, as in `config.model_type`."""
+    block_class: ClassVar[str]
+    """Name of the class of the sparse block."""
+    block_path: ClassVar[str]
+    """Where the block is within its decoder layer."""
+
+    def __init__(
+        self, block: nn.Module, decoder_layer: nn.Module, *, index: int, stack: Stack = "decoder"
+    ) -> None:
+        self.block = block
+        self.decoder_layer = decoder_layer
+        self.index = index
+        self.stack: Stack = stack
+
+    @property
+    @abstractmethod
+    def router(self) -> nn.Module:
+        """The module whose output carries the router logits."""
+
+    @property
+    @abstractmethod
+    def experts(self) -> nn.Module:
+        """The module that is called with the experts and weights in use."""
+
+    @property
+    @abstractmethod
+    def residual_norm(self) -> nn.Module:
+        """The norm whose input is the residual stream before the block."""
+
+    @property
+    @abstractmethod
+    def router_weight(self) -> Float[Tensor, "experts hidden"]:
+        """Matrix that turns inputs of the block into router logits."""
+
+    @property
+    @abstractmethod
+    def top_k(self) -> int:
+        """Number of experts per token."""
+
+    @property
+    @abstractmethod
+    def intermediate_size(self) -> int:
+        """Number of neurons of one routed expert."""
+
+    @abstractmethod
+    def router_logits(self, router_output: Any) -> Float[Tensor, "tokens experts"]:
+        """The logits within what the router module returned."""
+
+    @abstractmethod
+    def used_routing(
+        self, experts_arguments: tuple[Any, ...]
+    ) -> tuple[Int64[Tensor, "tokens top_k"], Float[Tensor, "tokens top_k"]]:
+        """Experts and weights within what the experts module was called with."""
+
+    @abstractmethod
+    def route(self, x: Float[Tensor, "tokens hidden"]) -> Routing:
+        """Routing of inputs of the block."""
+
+    @abstractmethod
+    def expert_outputs(
+        self, x: Float[Tensor, "tokens hidden"], experts: Sequence[int]
+    ) -> Float[Tensor, "experts tokens hidden"]:
+        """Unweighted output of each of `experts` for every input, whoever is routed there.
+
+        Computed on the device and in the dtype of the weights.
+
+        Raises:
+            OptionError: There is no such expert.
+        """
+
+    @abstractmethod
+    def shared_output(
+        self, x: Float[Tensor, "tokens hidden"]
+    ) -> Float[Tensor, "tokens hidden"] | None:
+        """What the shared expert adds to the output, its own gate included; None without one."""
+
+    @abstractmethod
+    def expert_weights(self, expert: int) -> ExpertWeights:
+        """One routed expert as tensors: views of the weights of the model, detached.
+
+        Raises:
+            OptionError: There is no such expert.
+        """
+
+    @property
+    def num_experts(self) -> int:
+        """Number of routed experts."""
+        return self.router_weight.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of inputs and outputs of the block."""
+        return self.router_weight.shape[1]
+
+    def check_experts(self, experts: Sequence[int]) -> None:
+        """Refuse numbers that are no experts of this layer.
+
+        Raises:
+            OptionError: There is no such expert.
+        """
+        for expert in experts:
+            if not 0 <= expert < self.num_experts:
+                raise OptionError(
+                    f"layer {self.index} has no such expert",
+                    got=expert,
+                    expected=f"0 to {self.num_experts - 1}",
+                )
+
+    def __repr__(self) -> str:
+        return (
+            f"MoELayer({self.stack} {self.index}, {self.family}, {self.num_experts} experts, "
+            f"top-{self.top_k}, hidden {self.hidden_size}, intermediate {self.intermediate_size})"
+        )
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class MoEModel:
+    """A loaded model, its tokenizer, and its mixture-of-experts layers."""
+
+    model: PreTrainedModel
+    """The model itself, in evaluation mode."""
+    tokenizer: PreTrainedTokenizerBase | None
+    """None where there is none beside the weights."""
+    layers: list[MoELayer]
+    """The mixture-of-experts layers in the order of the forward pass."""
+    name: str
+    """What was loaded: Hub id, folder, or name of a reference model; "in memory" otherwise."""
+    revision: str | None = None
+    """Commit on the Hub."""
+
+    def layer(self, index: int, stack: Stack = "decoder") -> MoELayer:
+        """The mixture-of-experts layer with the model's own layer number `index`.
+
+        Raises:
+            OptionError: That layer is dense or does not exist.
+        """
+        for layer in self.layers:
+            if (layer.stack, layer.index) == (stack, index):
+                return layer
+        raise OptionError(
+            f"{stack} layer {index} of the model {self.name!r} is not a mixture-of-experts layer",
+            expected=f"one of {_ranges([la.index for la in self.layers if la.stack == stack])}",
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return torch.device(self.model.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the model as it is now: SHA-256 of configuration and weights.
+
+        Router weights count in full, of every other tensor an even sample of about 4,096 values.
+        """
+        digest = hashlib.sha256()
+        config = self.model.config.to_dict()
+        kept = {key: value for key, value in config.items() if key not in _NOT_THE_MODEL}
+        digest.update(json.dumps(kept, sort_keys=True, default=str).encode())
+        for layer in self.layers:
+            digest.update(_raw(layer.router_weight))
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            stride = max(1, tensor.numel() // _SAMPLED_VALUES)
+            digest.update(_raw(tensor.flatten()[::stride]))
+        return digest.hexdigest()
+
+    def _facts(self) -> dict[str, str]:
+        """What the model is, for people."""
+        layers = self.layers
+        return {
+            "class": type(self.model).__name__,
+            "family": ", ".join(sorted({layer.family for layer in layers})),
+            "MoE layers": _ranges([layer.index for layer in layers]),
+            "experts": ", ".join(sorted({f"{la.num_experts} top-{la.top_k}" for la in layers})),
+            "hidden": _numbers({layer.hidden_size for layer in layers}),
+            "intermediate": _numbers({layer.intermediate_size for layer in layers}),
+            "parameters": f"{self.model.num_parameters():,}",
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": str(self.device),
+            "tokenizer": "yes" if self.tokenizer is not None else "none",
+        }
+
+    def __repr__(self) -> str:
+        facts = "; ".join(f"{name} {fact}" for name, fact in self._facts().items())
+        return f"MoEModel({self.name!r}: {facts})"
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><th>{html.escape(name)}</th><td>{html.escape(fact)}</td></tr>"
+            for name, fact in self._facts().items()
+        )
+        return f"<h3>{html.escape(self.name)}</h3><table>{rows}</table>"
+
+
+def _raw(tensor: Tensor) -> bytes:
+    flat = tensor.detach().flatten().contiguous()
+    return flat.view(torch.uint8).cpu().numpy().tobytes()
+
+
+def _numbers(values: set[int]) -> str:
+    return ", ".join(str(value) for value in sorted(values))
+
+
+def _ranges(indices: Sequence[int]) -> str:
+    """Layer numbers as people write them: 1-3, 5."""
+    runs = []
+    for _, run in groupby(enumerate(sorted(indices)), key=lambda pair: pair[1] - pair[0]):
+        numbers = [number for _, number in run]
+        runs.append(str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}")
+    return ", ".join(runs)

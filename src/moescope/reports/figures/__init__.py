@@ -1,0 +1,1 @@
+"""One file per analysis: the figures that belong to its result."""

@@ -1,0 +1,259 @@
+"""What lies behind an alignment score: controls, convergence, distributions."""
+
+import altair as alt
+import pandas as pd
+
+from moescope.reports.figures.align_pairs import gaps, pair_tooltip
+from moescope.reports.marks import diverging, label, tip
+from moescope.reports.panels import Panels
+from moescope.reports.registry import Figure
+
+CONTROLS = {
+    "fvu": "the pair, 95% interval",
+    "fvu_linear": "linear map, no expert",
+    "fvu_random": "random experts, mean and sd",
+    "fvu_constant": "constant output",
+    "fvu_self": "ceiling: itself, rotated",
+    "fvu_floor": "floor of the output space",
+}
+_SHAPES = ["circle", "square", "diamond", "cross", "triangle-up", "triangle-right"]
+_MOST_ROWS = 64
+_MOST_SOURCES = 12
+_HIGHEST_FVU = 2.0
+
+
+def controls(pairs: pd.DataFrame) -> Figure:
+    """FVU of every pair beside the FVU of its controls, on one axis."""
+    shown, which = _rows(pairs)
+    marks = _long(shown)
+    top = min(_HIGHEST_FVU, max(1.05, 1.05 * marks["high"].max()))
+    x = _fvu_axis("value:Q", top)
+    y = alt.Y("pair:N", title=None, sort=shown["pair"].tolist()).axis(grid=True)
+    names = list(CONTROLS.values())
+    key = alt.Legend(title=None, columns=2)
+    colour = alt.Color("control:N", scale=alt.Scale(domain=names, range="category"), legend=key)
+    shape = alt.Shape("control:N", scale=alt.Scale(domain=names, range=_SHAPES), legend=key)
+    base = alt.Chart(marks)
+    bars = base.mark_rule(strokeWidth=2, opacity=0.7, tooltip=None)
+    points = base.mark_point(filled=True, size=58, opacity=1)
+    mean = alt.Chart(pd.DataFrame({"value": [1.0]})).mark_rule(style="reference", tooltip=None)
+    note = alt.Chart(
+        shown[shown["fvu"].isna()].assign(value=0.0, reason=shown["status"].str.replace("_", " "))
+    )
+    chart = alt.layer(
+        mean.encode(x),
+        bars.encode(_fvu_axis("low:Q", top), alt.X2("high:Q"), y, colour),
+        points.encode(x, y, colour, shape, tooltip=_control_tooltip()),
+        note.mark_text(style="note", dx=6).encode(x, y, alt.Text("reason:N")),
+    )
+    return Figure(
+        name="align-controls",
+        title="Does the imitating expert help, or would anything do?",
+        how_to_read="One row is one pair. The expert helps only where the round mark lies left "
+        "of both the linear map and the random experts; the dashed line is the mean predictor; "
+        f"marks beyond {_HIGHEST_FVU:g} are drawn at the edge.",
+        limits="The ceiling is what this solver reaches on a problem with a known answer, not a "
+        f"bound on every solver.{which}{gaps(pairs)}",
+        chart=chart.properties(height=alt.Step(22)),
+        panels=Panels(minimum=230, preferred=720, beside=90),
+    )
+
+
+def _fvu_axis(field: str, top: float) -> alt.X:
+    scale = alt.Scale(domain=[0, top], clamp=True)
+    axis = alt.Axis(format=".1f", tickCount=6)
+    return alt.X(field, title="held-out FVU (0 is perfect)", scale=scale, axis=axis)
+
+
+def _rows(pairs: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """All pairs or, where they are many, the best of each imitated expert, and words for it."""
+    if len(pairs) <= _MOST_ROWS:
+        return pairs, ""
+    ordered = pairs.sort_values("score", ascending=False, na_position="last", kind="stable")
+    best = ordered.groupby(["source_layer", "target_layer", "source_expert"]).head(1)
+    chosen = pairs.loc[best.index[:_MOST_ROWS].sort_values()]
+    return chosen, f" Shown is the best pair of {len(chosen)} imitated experts."
+
+
+def _long(pairs: pd.DataFrame) -> pd.DataFrame:
+    """One row per pair and control: pair, control, value, low, high."""
+    frames = []
+    for column, name in CONTROLS.items():
+        value = pairs[column]
+        frame = pairs[["pair", "status", "n_val", "n_documents"]].assign(control=name, value=value)
+        low, high = value, value
+        if column == "fvu":
+            low, high = pairs["fvu_low"], pairs["fvu_high"]
+        if column == "fvu_random":
+            low, high = value - pairs["fvu_random_sd"], value + pairs["fvu_random_sd"]
+        frames.append(frame.assign(low=low.fillna(value), high=high.fillna(value)))
+    return pd.concat(frames, ignore_index=True).dropna(subset=["value"])
+
+
+def _control_tooltip() -> list[alt.Tooltip]:
+    return [
+        label("pair", "pair"),
+        label("control", "control"),
+        tip("value", "FVU"),
+        tip("low", "from"),
+        tip("high", "to"),
+        label("status", "status of the pair"),
+        tip("n_val", "held-out tokens", ","),
+        tip("n_documents", "documents", ","),
+    ]
+
+
+def error_against_size(pairs: pd.DataFrame) -> Figure:
+    """Published error against the variance of the outputs that are imitated."""
+    log = alt.Scale(type="log", nice=False, padding=12)
+    axis = alt.Axis(format=".1~g", tickCount=5)
+    chart = (
+        alt.Chart(pairs[(pairs["output_variance"] > 0) & (pairs["published_mse"] > 0)])
+        .mark_circle(size=85, opacity=1, stroke="gray", strokeWidth=0.6)
+        .encode(
+            alt.X("output_variance:Q", scale=log, axis=axis, title="variance of f(x)"),
+            alt.Y("published_mse:Q", scale=log, axis=axis, title="published error"),
+            diverging("score", "score", 1.0),
+            tooltip=[*pair_tooltip(), tip("output_variance", "variance of f(x)", ".3~g")],
+        )
+        .properties(height=260)
+    )
+    return Figure(
+        name="align-error-against-size",
+        title="Does the raw error measure likeness, or only the size of the outputs?",
+        how_to_read="One dot is one pair. Dots along a rising line: the raw error says how large "
+        "the outputs of the imitated expert are. Colour is the score.",
+        limits="A rising line does not prove that all pairs are equally alike; it says that the "
+        "raw error cannot tell.",
+        chart=chart,
+        panels=Panels(minimum=240, preferred=560),
+    )
+
+
+def convergence(curves: pd.DataFrame) -> Figure:
+    """Inner validation FVU against steps, for pairs and for the calibration."""
+    names = {"pair": "pair", "self": "calibration: itself, rotated"}
+    sources = sorted(curves["source_expert"].unique())
+    shown = curves[curves["source_expert"].isin(sources[:_MOST_SOURCES])]
+    shown = shown.assign(
+        curve=shown["kind"].replace(names),
+        source="imitated expert " + shown["source_expert"].astype(str),
+    )
+    order = [f"imitated expert {source}" for source in sources[:_MOST_SOURCES]]
+    top = min(_HIGHEST_FVU, max(1.05, float(shown["fvu"].max())))
+    key = alt.Legend(title=None, columns=2)
+    colours = alt.Scale(domain=list(names.values()), range="category")
+    dashes = alt.Scale(domain=list(names.values()), range=[[1, 0], [5, 3]])
+    chart = (
+        alt.Chart(shown)
+        .mark_line(clip=True, opacity=0.8)
+        .encode(
+            alt.X("step:Q", title="step", axis=alt.Axis(tickCount=4)),
+            alt.Y("fvu:Q", title="validation FVU", scale=alt.Scale(domain=[0, top])),
+            alt.Color("curve:N", scale=colours, legend=key),
+            alt.StrokeDash("curve:N", legend=key, scale=dashes),
+            detail="target_expert:N",
+            tooltip=[
+                label("source_expert", "imitated expert"),
+                label("target_expert", "imitating expert"),
+                label("curve", "curve"),
+                tip("step", "step", ","),
+                tip("seconds", "seconds"),
+                tip("fvu", "validation FVU"),
+            ],
+        )
+        .properties(height=130)
+        .facet(facet=alt.Facet("source:N", sort=order, header=alt.Header(title=None)))
+        .resolve_axis(x="independent")
+    )
+    left_out = len(sources) - len(order)
+    return Figure(
+        name="align-convergence",
+        title="Had the fits come to rest?",
+        how_to_read="Error on an inner part of the training tokens against steps; a line that "
+        "still falls at its end was stopped too early. The dashed calibration has a perfect "
+        "answer, so what it leaves is left by the solver."
+        + (f" {left_out} further experts are in the table." if left_out else ""),
+        limits="A curve at rest need not be the best there is; the held-out tokens of the score "
+        "are not used here.",
+        chart=chart,
+        panels=Panels(count=len(order), minimum=200, preferred=300),
+    )
+
+
+def histograms(distributions: pd.DataFrame) -> Figure:
+    """Histograms of the inputs and outputs, each on its own axis."""
+    frame = distributions.assign(
+        heading=distributions["panel"]
+        + "\n"
+        + distributions.apply(lambda r: f"mean {r['mean']:.2g}, sd {r['std']:.2g}", axis=1)
+    )
+    order = frame["heading"].unique().tolist()
+    few = alt.Axis(tickCount=4, grid=False)
+    chart = (
+        alt.Chart(frame)
+        .mark_bar(style="bar-quiet", binSpacing=0)
+        .encode(
+            alt.X("bin_left:Q", bin="binned", title="value of one dimension", axis=few),
+            alt.X2("bin_right"),
+            alt.Y("density:Q", title="density", axis=few),
+            tooltip=[
+                label("panel", "panel"),
+                tip("bin_left", "from", ".3~g"),
+                tip("bin_right", "to", ".3~g"),
+                tip("density", "density", ".3~g"),
+            ],
+        )
+        .properties(height=130)
+    )
+    return Figure(
+        name="align-distributions",
+        title="Do the inputs and outputs live on the same scale?",
+        how_to_read="Each panel is a histogram over all tokens and dimensions, with its own "
+        "axes: compare the means and standard deviations written above.",
+        limits="Equal histograms do not make equal inputs: directions matter, and they are not "
+        "seen here.",
+        chart=_by_heading(chart, order),
+        panels=Panels(count=len(order), minimum=200, preferred=300),
+    )
+
+
+def principal_components(pca: pd.DataFrame) -> Figure:
+    """The first two principal components of the inputs and outputs."""
+    frame = pca.assign(
+        heading=pca["panel"]
+        + "\n"
+        + pca.apply(
+            lambda r: f"{r['explained1']:.0%} and {r['explained2']:.0%} of the variance", axis=1
+        )
+    )
+    order = frame["heading"].unique().tolist()
+    axis = alt.Axis(tickCount=4)
+    chart = (
+        alt.Chart(frame)
+        .mark_circle(style="dot-quiet", size=16, opacity=1)
+        .encode(
+            alt.X("pc1:Q", title="first component", axis=axis),
+            alt.Y("pc2:Q", title="second component", axis=axis),
+            tooltip=[label("panel", "panel"), tip("pc1", "first"), tip("pc2", "second")],
+        )
+        .properties(height=180)
+    )
+    return Figure(
+        name="align-pca",
+        title="What shape do the inputs and outputs have?",
+        how_to_read="One dot is one token, in the two directions of greatest variance of its "
+        "panel; axes differ between panels.",
+        limits="Two components hold only the stated part of the variance; far-off dots may be a "
+        "few tokens that carry most of it.",
+        chart=_by_heading(chart, order),
+        panels=Panels(count=len(order), minimum=200, preferred=300),
+    )
+
+
+def _by_heading(chart: alt.Chart, order: list[str]) -> alt.FacetChart:
+    """One panel per heading, whose two lines stand above it, each with its own axes."""
+    header = alt.Header(title=None, labelExpr="split(datum.label, '\\n')")
+    facet = alt.Facet("heading:N", sort=order, header=header)
+    panels = chart.facet(facet=facet, bounds="flush", spacing={"row": 90, "column": 58})
+    return panels.resolve_scale(x="independent", y="independent")

@@ -1,0 +1,194 @@
+"""The scheduler: take the union of what the chosen analyses need, capture once, run them."""
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moescope.analyses.material import Material
+from moescope.analyses.registry import Analysis, find
+from moescope.captures.options import CaptureOptions
+from moescope.captures.read import Capture
+from moescope.captures.record import capture
+from moescope.captures.registry import RECORDABLE, BlockTensor, recordable
+from moescope.captures.shards import SHARD_BYTES
+from moescope.config import build
+from moescope.corpora.corpus import Corpus
+from moescope.corpora.packing import Batch, Packing
+from moescope.models.view import MoEModel
+from moescope.progress import track
+from moescope.runs import Run
+
+TIMED_BATCHES = 3  # the first of them only warms up
+CAPTURE_OVERHEAD = 1.35  # of a capture with block inputs, against plain forward passes
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """What to study: text, how it is packed and recorded, which analyses with which options."""
+
+    corpus: Mapping[str, str] = field(default_factory=dict)
+    """Source of each domain (docs/corpora.md); empty for the built-in corpus."""
+    packing: Packing = field(default_factory=Packing)
+    """How documents become rows."""
+    capture: CaptureOptions = field(default_factory=CaptureOptions)
+    """Of how many tokens to record; what the analyses need is added."""
+    analyses: Mapping[str, Mapping[str, Any] | None] = field(
+        default_factory=lambda: {"routing": None}
+    )
+    """Analyses by name, with their options."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a study is going to do, and what its capture costs at most."""
+
+    run: Path
+    """Run folder."""
+    model: str
+    """Name of the model."""
+    steps: Mapping[str, str]
+    """`capture` and the analyses, each `to do` or `done`."""
+    record: tuple[str, ...]
+    """Tensors to record."""
+    tokens: int
+    """Tokens to run through the model, padding not counted."""
+    seconds: float
+    """Estimate for the capture, from timed forward passes on this machine."""
+    disk_bytes: int
+    """Upper bound for the capture."""
+    memory_bytes: int
+    """Weights of the model and the capture's buffer."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan as plain values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        steps = "\n".join(f"  {name}: {state}" for name, state in self.steps.items())
+        return (
+            f"Study of {self.model} in {self.run}\n{steps}\n"
+            f"Recording {', '.join(self.record)} over {self.tokens:,} tokens\n"
+            f"  time    about {self.seconds:,.0f} s for the capture; analyses not estimated\n"
+            f"  disk    at most {self.disk_bytes / 2**20:,.0f} MiB\n"
+            f"  memory  about {self.memory_bytes / 2**20:,.0f} MiB"
+        )
+
+
+def study(
+    model: MoEModel,
+    out: str | os.PathLike[str],
+    config: StudyConfig | Mapping[str, Any] | None = None,
+) -> Run:
+    """Capture what the chosen analyses need and run them; what is done already is kept.
+
+    Args:
+        model: The model.
+        out: Run folder.
+        config: What to study, as an object or as a mapping like the YAML file.
+
+    Raises:
+        OptionError: Unknown or unfit options.
+        CaptureError: The folder holds a capture made with other options.
+    """
+    config = _config(config)
+    chosen = _chosen(config)
+    options = _capture_options(config, chosen)
+    capture(model, open_corpus(config.corpus, config.packing), out, **vars(options))
+    material = Material(out, model)
+    for entry, entry_options in chosen:
+        if not entry.is_done(material, entry_options):
+            entry.run(material, entry_options)
+    return material.run
+
+
+def plan(
+    model: MoEModel,
+    out: str | os.PathLike[str],
+    config: StudyConfig | Mapping[str, Any] | None = None,
+) -> Plan:
+    """What `study` with the same arguments would do; reads the text and times the model."""
+    config = _config(config)
+    chosen = _chosen(config)
+    options = _capture_options(config, chosen)
+    corpus = open_corpus(config.corpus, config.packing)
+    run = Run(out)
+    captured = Capture.exists(run)
+    steps = {"capture": "done" if captured else "to do"}
+    for entry, entry_options in chosen:
+        done = captured and entry.is_done(Material(run, model), entry_options)
+        steps[entry.name] = "done" if done else "to do"
+    tokens, rows = 0, 0
+    for batch in track(corpus.batches(model.tokenizer), "reading the text"):
+        tokens += int(batch.attention_mask.sum())
+        rows += len(batch.input_ids)
+    batches = list(islice(corpus.batches(model.tokenizer), TIMED_BATCHES))
+    return Plan(
+        run=run.path,
+        model=model.name,
+        steps=steps,
+        record=options.record,
+        tokens=tokens,
+        seconds=_seconds_per_row(model, batches) * rows * CAPTURE_OVERHEAD,
+        disk_bytes=_disk_bytes(model, options, tokens),
+        memory_bytes=model.num_bytes + SHARD_BYTES,
+    )
+
+
+def open_corpus(sources: Mapping[str, str], packing: Packing) -> Corpus:
+    """The named sources, or the built-in corpus where there are none."""
+    return Corpus.from_sources(sources, packing) if sources else Corpus.builtin(packing)
+
+
+def _config(config: StudyConfig | Mapping[str, Any] | None) -> StudyConfig:
+    return config if isinstance(config, StudyConfig) else build(StudyConfig, config, "study")
+
+
+def _chosen(config: StudyConfig) -> list[tuple[Analysis[Any], Any]]:
+    """Analyses with their options, checked before anything is computed."""
+    found = []
+    for name, options in config.analyses.items():
+        entry = find(name)
+        found.append((entry, build(entry.options, options, f"analyses.{name}")))
+    return found
+
+
+def _capture_options(
+    config: StudyConfig, chosen: list[tuple[Analysis[Any], Any]]
+) -> CaptureOptions:
+    needs = {need for entry, _ in chosen for need in entry.needs if need in RECORDABLE}
+    return replace(config.capture, record=tuple(sorted({"routing"} | needs)))
+
+
+def _seconds_per_row(model: MoEModel, batches: list[Batch]) -> float:
+    seconds = []
+    for batch in batches:
+        start = time.perf_counter()
+        with torch.inference_mode():
+            model.model(
+                input_ids=batch.input_ids.to(model.device),
+                attention_mask=batch.attention_mask.to(model.device),
+                use_cache=False,
+            )
+        seconds.append((time.perf_counter() - start) / len(batch.input_ids))
+    return min(seconds[1:] or seconds)
+
+
+def _disk_bytes(model: MoEModel, options: CaptureOptions, tokens: int) -> int:
+    """Everything a token can bring, for as many tokens as each tensor can be recorded for."""
+    wide = [
+        n
+        for n in options.record
+        if isinstance(t := recordable(n), BlockTensor) and t.kind == "wide"
+    ]
+    total = tokens * 32  # ids, documents, domains, positions, rows
+    for layer in model.layers:
+        sampled = min(tokens, options.tokens + layer.num_experts * options.tokens_per_expert)
+        total += tokens * (4 * layer.num_experts + 6 * layer.top_k)
+        total += sampled * (8 + len(wide) * layer.hidden_size * model.dtype.itemsize)
+    return total
