@@ -208,12 +208,40 @@ def _measured(random, fvu, linear, ceiling, variance):
     }
 
 
-_PAIR_COLUMNS = (
-    "source_layer source_expert target_layer target_expert n_train n_val mse_mean mse_sum fvu "
-    "fvu_low fvu_high cosine token_error fvu_constant fvu_identity fvu_linear fvu_random "
-    "fvu_random_sd fvu_floor fvu_self score score_low score_high steps converged status seed "
-    "published_mse protocol adapter_parameters expert_parameters n_documents"
-).split()
+_PAIR_COLUMNS = [
+    "source_layer",
+    "source_expert",
+    "target_layer",
+    "target_expert",
+    "n_train",
+    "n_val",
+    "mse_mean",
+    "mse_sum",
+    "fvu",
+    "fvu_low",
+    "fvu_high",
+    "cosine",
+    "token_error",
+    "fvu_constant",
+    "fvu_identity",
+    "fvu_linear",
+    "fvu_random",
+    "fvu_random_sd",
+    "fvu_floor",
+    "fvu_self",
+    "score",
+    "score_low",
+    "score_high",
+    "steps",
+    "converged",
+    "status",
+    "seed",
+    "published_mse",
+    "protocol",
+    "adapter_parameters",
+    "expert_parameters",
+    "n_documents",
+]
 
 
 def _curves(pairs):

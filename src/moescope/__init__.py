@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from moescope.experts.adapter import Adapter
     from moescope.experts.weights import ExpertWeights
     from moescope.models.conformance import conformance
+    from moescope.models.inspection import inspect
     from moescope.models.load import load
     from moescope.models.view import MoELayer, MoEModel, Routing
     from moescope.reports.write import report
@@ -43,6 +44,7 @@ _HOMES = {
     "capture": "captures.record",
     "conformance": "models.conformance",
     "fit": "alignment.fit",
+    "inspect": "models.inspection",
     "load": "models.load",
     "report": "reports.write",
     "routing": "analyses.routing",
@@ -67,6 +69,7 @@ __all__ = [
     "capture",
     "conformance",
     "fit",
+    "inspect",
     "load",
     "report",
     "routing",

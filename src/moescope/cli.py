@@ -18,6 +18,7 @@ from moescope.config import build, read_yaml
 from moescope.corpora.packing import Packing
 from moescope.demo import demo
 from moescope.errors import MoEScopeError, OptionError
+from moescope.models.inspection import inspect
 from moescope.models.load import load
 from moescope.reports.write import report
 from moescope.runs import Result, to_json
@@ -86,10 +87,11 @@ def inspect_command(
         revision: Branch, tag or commit of a Hub model.
     """
     opened = load(model, revision=revision)
+    table = inspect(opened)
     if as_json:
-        print(to_json(opened.summary()))
+        print(to_json({"model": opened.name, "layers": table.to_dict("records")}))
     else:
-        print(opened)
+        print(opened, table.to_string(index=False, float_format="%.2g"), sep="\n\n")
 
 
 def study_command(
@@ -139,7 +141,7 @@ def capture_command(
     """
     opened = load(model, revision=revision)
     recorded = capture(opened, open_corpus(_sources(corpus), packing), out, **vars(options))
-    print(to_json(recorded.summary()) if as_json else recorded)
+    print(to_json(recorded.manifest) if as_json else recorded)
 
 
 def report_command(run: Positional[Path], as_json: Json = False) -> None:

@@ -136,7 +136,7 @@ def plan(
         tokens=tokens,
         seconds=_seconds_per_row(model, batches) * rows * CAPTURE_OVERHEAD,
         disk_bytes=_disk_bytes(model, options, tokens),
-        memory_bytes=model.num_bytes + SHARD_BYTES,
+        memory_bytes=model.model.get_memory_footprint() + SHARD_BYTES,
     )
 
 

@@ -23,11 +23,12 @@ def constant_adapters(
     Adam from the mean of the target's inputs and seven of its inputs; the best is kept.
     """
     wanted = outputs.mean(0)
+    unit = outputs.square().mean()
     shift = torch.stack([_candidates(domain) for domain in domains]).requires_grad_()
     scale = torch.stack([domain.scale for domain in domains])[:, None, None]
     first, second = torch.zeros_like(shift), torch.zeros_like(shift)
     for step in range(1, _STEPS + 1):
-        error = (experts(shift) - wanted).square().sum()
+        error = (experts(shift) - wanted).square().sum() / unit
         (gradient,) = torch.autograd.grad(error, [shift])
         with torch.no_grad():
             first.lerp_(gradient, 0.1)

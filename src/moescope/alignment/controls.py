@@ -78,13 +78,15 @@ def all_random(targets: Mapping[str, ExpertWeights], seed: int) -> list[ExpertWe
 
 
 def _row_norms(matrix: Tensor) -> Tensor:
-    return matrix.float().norm(dim=1)
+    norms: Tensor = matrix.float().norm(dim=1)
+    return norms
 
 
 def _like(matrix: Tensor, norms: Tensor, source: torch.Generator) -> Tensor:
     """Gaussian directions with these row norms, in the shape and dtype of `matrix`."""
     normal = torch.randn(matrix.shape, generator=source).to(matrix.device)
-    return (normal * (norms / normal.norm(dim=1))[:, None]).to(matrix.dtype)
+    like: Tensor = (normal * (norms / normal.norm(dim=1))[:, None]).to(matrix.dtype)
+    return like
 
 
 def _with(expert: ExpertWeights, gate: Tensor | None, up: Tensor, down: Tensor) -> ExpertWeights:
@@ -123,7 +125,8 @@ class _Ridge:
     def __call__(self, x: Tensor, penalty: float) -> Tensor:
         level = penalty * self.values.mean().clamp_min(1e-30)
         weight = self.vectors @ (self.products / (self.values + level))
-        return (self.y_mean + (x.double() - self.x_mean) @ weight).float()
+        predicted: Tensor = (self.y_mean + (x.double() - self.x_mean) @ weight).float()
+        return predicted
 
 
 def _squared_error(predicted: Tensor, y: Tensor) -> float:
@@ -143,4 +146,5 @@ def project_on_outputs(
         bias = target.down_bias.to(y.device).double()
     basis, values, _ = torch.linalg.svd(down, full_matrices=False)
     basis = basis[:, values > 1e-6 * values.max().clamp_min(1e-30)]
-    return (bias + (y.double() - bias) @ basis @ basis.T).float()
+    nearest: Tensor = (bias + (y.double() - bias) @ basis @ basis.T).float()
+    return nearest

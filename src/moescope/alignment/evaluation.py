@@ -12,17 +12,13 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from moescope.alignment.controls import project_on_outputs
-from moescope.alignment.options import (
-    MINIMUM_DOCUMENTS,
-    RANDOM_SEEDS,
-    WELL_DETERMINED,
-    FitOptions,
-)
+from moescope.alignment.options import RANDOM_SEEDS, WELL_DETERMINED, FitOptions
 from moescope.alignment.result import AlignmentResult, Status
 from moescope.alignment.samples import Samples
-from moescope.alignment.score import Errors, Score, score_of
+from moescope.alignment.score import Errors, fvu_interval, score_of
 from moescope.alignment.solver import Fit
 from moescope.experts.weights import ExpertWeights
+from moescope.measures.bootstrap import FEWEST_UNITS
 
 Label = tuple[str | int, ...]
 """("pair", target), ("same output space", target, j), ("all random", j) or ("self",)."""
@@ -64,7 +60,7 @@ class HeldOut:
         """Summed errors as a fraction of the variance."""
         return float(errors.sum() / self.total.sum())
 
-    def describe(self, predicted: Float[Tensor, "tokens hidden"]) -> dict[str, float]:
+    def describe(self, predicted: Float[Tensor, "tokens hidden"]) -> dict[str, Any]:
         """Mean-squared errors, cosine and median relative error per token, by column name."""
         wanted = self.samples.outputs
         error = (predicted - wanted).norm(dim=1)
@@ -113,54 +109,71 @@ def result_of(
     held: HeldOut,
     found: Found,
     options: FitOptions,
-    generator: np.random.Generator,
+    seed: int,
 ) -> AlignmentResult:
-    """Everything about one target."""
-    fit, fit_of_self = found.fits["pair", name], found.fits.get(("self",))
+    """Everything about one target; `seed` draws the documents of the intervals."""
+    fit = found.fits["pair", name]
     x, y = held.samples.inputs, held.samples.outputs
-    random = _random_errors(name, found)
-    errors = Errors(
-        total=held.total,
-        pair=found.errors["pair", name],
-        linear=found.linear,
-        ceiling=found.errors.get(("self",)),
-        random=random,
-    )
-    score = score_of(errors, generator)
-    columns: dict[str, Any] = {}
-    if random is not None:
-        shares = random.sum(-1) / held.total.sum()  # [kinds, seeds]
-        columns |= {
-            "fvu_random": float(shares.mean()),
-            "fvu_random_sd": float(shares.std(ddof=1)),
-            "fvu_random_down": float(shares[0].mean()),
-            "fvu_random_all": float(shares[1].mean()),
-        }
-    if errors.ceiling is not None:
-        columns["fvu_self"] = held.share(errors.ceiling)
+    error = found.errors["pair", name]
+    low, high = fvu_interval(error, held.total, seed)
+    columns = {
+        **_facts(target, train, held.samples, options),
+        **held.describe(target(fit.adapter(x))),
+        **_fitted_controls(name, held, found, seed),
+    }
+    columns["status"] = _status(train, held, columns)
     return AlignmentResult(
         adapter=fit.adapter,
         curve=fit.curve,
-        self_curve=fit_of_self.curve if fit_of_self is not None else (),
+        self_curve=found.fits["self",].curve if ("self",) in found.fits else (),
         n_documents=held.samples.num_documents,
         published_mse=found.published_mse[name],
-        fvu=held.share(errors.pair),
-        fvu_low=score.fvu_low,
-        fvu_high=score.fvu_high,
+        fvu=held.share(error),
+        fvu_low=low,
+        fvu_high=high,
         fvu_constant=held.fvu(target(fit.constant(x))),
         fvu_identity=held.fvu(target(x)),
         fvu_linear=held.share(found.linear),
         fvu_floor=held.fvu(project_on_outputs(y, target)),
-        score=score.score,
-        score_low=score.score_low,
-        score_high=score.score_high,
         steps=fit.steps,
         converged=fit.converged,
-        status=_status(train, held, errors, score),
         **columns,
-        **held.describe(target(fit.adapter(x))),
-        **_facts(target, train, held.samples, options),
     )
+
+
+def _fitted_controls(name: str, held: HeldOut, found: Found, seed: int) -> dict[str, Any]:
+    """Columns of the random targets, of the hidden-rotation self, and the score."""
+    if ("all random", 0) not in found.errors:
+        return {}
+    seeds = range(RANDOM_SEEDS)
+    labels: list[list[Label]] = [
+        [("same output space", name, j) for j in seeds],
+        [("all random", j) for j in seeds],
+    ]
+    random = np.array([[found.errors[label] for label in kind] for kind in labels])
+    shares = random.sum(-1) / held.total.sum()  # [kinds, seeds]
+    columns = {
+        "fvu_random": float(shares.mean()),
+        "fvu_random_sd": float(shares.std(ddof=1)),
+        "fvu_random_down": float(shares[0].mean()),
+        "fvu_random_all": float(shares[1].mean()),
+    }
+    if ("self",) not in found.errors:
+        return columns
+    errors = Errors(
+        total=held.total,
+        pair=found.errors["pair", name],
+        linear=found.linear,
+        ceiling=found.errors["self",],
+        random=random,
+    )
+    score = score_of(errors, seed)
+    return columns | {
+        "fvu_self": held.share(errors.ceiling),
+        "score": score.value,
+        "score_low": score.low,
+        "score_high": score.high,
+    }
 
 
 def _facts(
@@ -178,26 +191,14 @@ def _facts(
     }
 
 
-def _random_errors(name: str, found: Found) -> Float[np.ndarray, "kinds seeds documents"] | None:
-    if ("all random", 0) not in found.errors:
-        return None
-    seeds = range(RANDOM_SEEDS)
-    return np.stack(
-        [
-            np.stack([found.errors["same output space", name, j] for j in seeds]),
-            np.stack([found.errors["all random", j] for j in seeds]),
-        ]
-    )
-
-
-def _status(train: Samples, held: HeldOut, errors: Errors, score: Score) -> Status:
-    if errors.random is None:
+def _status(train: Samples, held: HeldOut, columns: Mapping[str, Any]) -> Status:
+    if "fvu_random" not in columns:
         return "no_controls"
-    if errors.ceiling is None:
+    if "fvu_self" not in columns:
         return "no_ceiling"
-    if score.undefined:
+    if math.isnan(columns["score"]):
         return "undefined"
-    if held.samples.num_documents < MINIMUM_DOCUMENTS:
+    if held.samples.num_documents < FEWEST_UNITS:
         return "few_documents"
     if len(train) < WELL_DETERMINED * train.hidden_size:
         return "underdetermined"

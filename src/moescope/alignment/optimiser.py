@@ -15,10 +15,11 @@ def newton_schulz(matrix: Float[Tensor, "fits rows columns"]) -> Float[Tensor, "
 
     Three rounds do as well here as the usual five.
     """
-    x = matrix / (matrix.norm(dim=(-2, -1), keepdim=True) + 1e-20)
+    x: Tensor = matrix / (matrix.norm(dim=(-2, -1), keepdim=True) + 1e-20)
     for _ in range(3):
-        gram = x @ x.mT
-        x = 3.4445 * x + torch.baddbmm(-4.7750 * gram, gram, gram, alpha=2.0315) @ x
+        gram = torch.bmm(x, x.mT)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, polynomial, x, beta=3.4445)
     return x
 
 
@@ -44,7 +45,7 @@ class Optimiser:
         self.steps = 0
 
     def step(self, gradients: Sequence[Tensor], schedule: float) -> None:
-        """One step along the gradients of weight, bias, gain, shift; `schedule` scales the rates."""
+        """One step for weight, bias, gain and shift; `schedule` scales the rates."""
         self.steps += 1
         matrix, *vectors = gradients
         self.momentum.mul_(0.9).add_(matrix)
@@ -62,4 +63,4 @@ class Optimiser:
         self.matrix, self.momentum = self.matrix[chosen], self.momentum[chosen]
         for tensors in (self.vectors, self.scales, self.first, self.second):
             tensors[:] = [tensor[chosen] for tensor in tensors]
-        return AdapterStack(self.matrix, *self.vectors)
+        return AdapterStack.holding([self.matrix, *self.vectors])

@@ -11,8 +11,6 @@ MINIMUM_TRAIN = 64
 """Training tokens below which no number is given."""
 MINIMUM_HELD_OUT = 16
 """Held-out tokens below which no number is given."""
-MINIMUM_DOCUMENTS = 30
-"""Held-out documents below which no interval is given."""
 WELL_DETERMINED = 4
 """Training tokens per hidden dimension below which a full adapter is underdetermined."""
 RANDOM_SEEDS = 5
@@ -23,15 +21,15 @@ RANDOM_SEEDS = 5
 class SolverOptions:
     """The converged protocol, in numbers."""
 
-    steps: int = 300
+    steps: int = 400
     """Most optimiser steps of a fit."""
-    batch_tokens: int = 256
+    batch_tokens: int = 192
     """Tokens per step."""
-    matrix_rate: float = 0.1
+    matrix_rate: float = 0.2
     """Muon's step on the whitened matrix: spectral norm, at the peak of the schedule."""
-    vector_rate: float = 0.1
+    vector_rate: float = 0.3
     """Adam's step on bias, gain and shift, as a share of their starting scale."""
-    start_output: float = 0.1
+    start_output: float = 0.2
     """Spread of the outputs at the start, as a share of the spread of the source's outputs."""
     shrinkage: float = 0.01
     """Share of the identity mixed into the input covariance before whitening."""
@@ -39,12 +37,12 @@ class SolverOptions:
     """Share of the training tokens kept aside for early stopping and choice."""
     evaluate_every: int = 20
     """Steps between two looks at the inner validation tokens."""
-    patience: int = 100
+    patience: int = 80
     """Steps without a better inner validation FVU after which a fit stops."""
-    settled: float = 0.03
-    """A fit has converged when its last quarter lowered the inner FVU by less than this share."""
-    memory_bytes: int = 2**30
-    """Memory that one chunk of fits may take."""
+    settled: float = 0.02
+    """A fit has converged when the second half of its steps lowered the inner FVU by less."""
+    chunk_bytes: int = 2**25
+    """Working memory of the fits that run as one batch: little enough to stay in the cache."""
 
     def __post_init__(self) -> None:
         if min(self.steps, self.batch_tokens, self.evaluate_every, self.patience) < 1:

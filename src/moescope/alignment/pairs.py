@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -69,7 +68,9 @@ def fit_pairs(
     if status is not None:
         return {n: refused(t, train, held_out, status, options) for n, t in targets.items()}
     train, held_out = train.single(), held_out.single()
-    targets = {name: expert.to(dtype=torch.float32) for name, expert in targets.items()}
+    device = train.inputs.device
+    targets = {name: t.to(dtype=torch.float32, device=device) for name, t in targets.items()}
+    source = None if source is None else source.to(dtype=torch.float32, device=device)
     candidates = _candidates(train, targets, source, source_name, target_inputs or {}, options)
     fits = _train(train, candidates, source_name, options, progress)
 
@@ -89,7 +90,7 @@ def fit_pairs(
             held,
             found,
             options,
-            np.random.default_rng(seed_of(options.seed, source_name, name, "bootstrap")),
+            seed_of(options.seed, source_name, name, "bootstrap"),
         )
         for name, target in targets.items()
     }
@@ -103,7 +104,7 @@ def _check(
     target_inputs: Mapping[str, Tensor],
 ) -> None:
     hidden = train.hidden_size
-    experts = {**{f"target {name}": t for name, t in targets.items()}}
+    experts = {f"target {name}": expert for name, expert in targets.items()}
     if source is not None:
         experts["the source"] = source
     sizes = {"held-out tokens": held_out.hidden_size}
@@ -161,7 +162,7 @@ def _published_mse(
         train,
         [candidates[label] for label in pairs.values()],
         options.seed,
-        options.solver.memory_bytes,
+        options.solver.chunk_bytes,
     )
     return {name: fit.published_mse for name, fit in zip(pairs, again, strict=True)}
 
@@ -196,7 +197,7 @@ def _candidates(
         found["all random", j] = Candidate(expert=random, domain=where)
     if source is not None:
         rotation = rotation_for(train.hidden_size, seed, source_name).to(device)
-        expert = hidden_rotation(source.to(dtype=torch.float32), rotation)
+        expert = hidden_rotation(source, rotation)
         # Told as much about its target's inputs as the pairs are.
         turned = train.inputs @ rotation.T if known else None
         found["self",] = Candidate(expert=expert, domain=domain(turned, source_name))
@@ -212,10 +213,11 @@ def _train(
     options: FitOptions,
     progress: Progress | None,
 ) -> dict[Label, Fit]:
-    memory = options.solver.memory_bytes
     everything = list(candidates.values())
     if options.protocol == "published":
-        fits = train_published(train, everything, options.seed, memory, progress)
+        fits = train_published(
+            train, everything, options.seed, options.solver.chunk_bytes, progress
+        )
         return dict(zip(candidates, fits, strict=True))
     rest, inner = _split(train, source_name, options)
     task = training_task(rest, inner, options.solver, options.seed, source_name)

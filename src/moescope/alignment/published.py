@@ -47,11 +47,16 @@ def train_as_published(
     )
     adapters = AdapterStack(weight, bias, torch.ones_like(bias), torch.zeros_like(bias))
     parameters = [p.requires_grad_() for p in adapters.parameters()]
-    optimiser = torch.optim.Adam(parameters, lr=RATE)
+    first = [torch.zeros_like(p) for p in parameters]
+    second = [torch.zeros_like(p) for p in parameters]
     error = torch.zeros(len(experts))
-    for _ in range(STEPS):
-        optimiser.zero_grad()
+    for step in range(1, STEPS + 1):
         error = (targets(adapters(x)) - y).square().mean((1, 2))  # [fits]
-        error.sum().backward()
-        optimiser.step()
+        gradients = torch.autograd.grad(error.sum(), parameters)
+        with torch.no_grad():  # Adam with PyTorch's defaults
+            for p, g, m, v in zip(parameters, gradients, first, second, strict=True):
+                m.lerp_(g, 1 - 0.9)
+                v.mul_(0.999).addcmul_(g, g, value=1 - 0.999)
+                size = (v / (1 - 0.999**step)).sqrt_().add_(1e-8)
+                p.addcdiv_(m, size, value=-RATE / (1 - 0.9**step))
     return adapters, error.detach()

@@ -23,4 +23,5 @@ def random_rotation(hidden: int, source: torch.Generator) -> Float[Tensor, "hidd
     """An orthogonal matrix, uniform over all of them (Mezzadri, arXiv math-ph/0609050)."""
     normal = torch.randn(hidden, hidden, dtype=torch.float64, generator=source)
     q, r = torch.linalg.qr(normal)
-    return (q * r.diagonal().sign()).float()
+    rotation: Tensor = (q * r.diagonal().sign()).float()
+    return rotation

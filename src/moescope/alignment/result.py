@@ -100,7 +100,7 @@ class AlignmentResult:
     steps: int = 0
     """Optimiser steps."""
     converged: bool = False
-    """Whether the last quarter of the steps hardly lowered the inner FVU."""
+    """Whether the second half of the steps hardly lowered the inner FVU."""
     status: Status
     """What the numbers may be used for."""
     adapter_parameters: int

@@ -14,11 +14,16 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from moescope.alignment.options import MINIMUM_DOCUMENTS
-from moescope.measures.bootstrap import bca_interval, leave_one_out_totals, resampled_totals
+from moescope.measures.bootstrap import (
+    FEWEST_UNITS,
+    bca_interval,
+    leave_one_out_totals,
+    ratio_interval,
+    resampled_totals,
+)
 
 _DRAWS = 2_000
-_NARROW = 0.05
+NARROW = 0.05
 """Distance of null and ceiling below which a score means nothing."""
 
 
@@ -30,64 +35,57 @@ class Errors:
     """Squared distance of the outputs from their training mean."""
     pair: Float[np.ndarray, " documents"]
     """Squared error of the pair's adapter."""
-    linear: Float[np.ndarray, " documents"] | None
+    linear: Float[np.ndarray, " documents"]
     """Squared error of the linear map."""
-    ceiling: Float[np.ndarray, " documents"] | None
-    """Squared error of the hidden-rotation self; None where the source is not known."""
-    random: Float[np.ndarray, "kinds seeds documents"] | None
+    ceiling: Float[np.ndarray, " documents"]
+    """Squared error of the hidden-rotation self."""
+    random: Float[np.ndarray, "kinds seeds documents"]
     """Squared errors of the random targets."""
+
+    def columns(self) -> Float[np.ndarray, "documents columns"]:
+        """Total, pair, linear, ceiling, then the random targets."""
+        random = self.random.reshape(-1, self.random.shape[-1])
+        return np.stack([self.total, self.pair, self.linear, self.ceiling, *random], axis=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """Score and intervals; NaN where they cannot be had."""
+    """The score and its 95% interval; NaN where they cannot be had."""
 
-    fvu_low: float = math.nan
-    """Lower end of the 95% interval of the FVU."""
-    fvu_high: float = math.nan
-    """Upper end."""
-    score: float = math.nan
+    value: float = math.nan
     """Zero: as good as the null; one: as good as the ceiling."""
-    score_low: float = math.nan
-    """Lower end of the 95% interval, over documents and random seeds."""
-    score_high: float = math.nan
-    """Upper end."""
-    undefined: bool = False
-    """Null and ceiling are too near each other."""
+    low: float = math.nan
+    """Over documents and random seeds."""
+    high: float = math.nan
+    """Over documents and random seeds."""
 
 
-def score_of(errors: Errors, generator: np.random.Generator) -> Score:
-    """Score a pair on the held-out documents; intervals from 30 documents on."""
-    columns = [errors.total, errors.pair]
-    scored = errors.random is not None and errors.ceiling is not None
-    if errors.random is not None and errors.ceiling is not None and errors.linear is not None:
-        kinds, seeds, _ = errors.random.shape
-        columns += [errors.linear, errors.ceiling, *errors.random.reshape(kinds * seeds, -1)]
-    sums = np.stack(columns, axis=1)  # [documents, columns]
+def fvu_interval(
+    errors: Float[np.ndarray, " documents"],
+    total: Float[np.ndarray, " documents"],
+    seed: int,
+) -> tuple[float, float]:
+    """95% interval of a summed error over the summed variance; NaN under 30 documents."""
+    low, high = ratio_interval(errors[:, None], total, resamples=_DRAWS, seed=seed)
+    return float(low[0]), float(high[0])
+
+
+@np.errstate(divide="ignore", invalid="ignore")  # draws that are not finite are left out
+def score_of(errors: Errors, seed: int) -> Score:
+    """The score on the held-out documents; NaN where null and ceiling are too near each other."""
+    sums = errors.columns()
     point = sums.sum(0, keepdims=True)
-    fvu = float(_fvu(point)[0])
-    enough = len(sums) >= MINIMUM_DOCUMENTS
-    draws = resampled_totals(sums, _DRAWS, generator) if enough else point
-    left_out = leave_one_out_totals(sums)
-    limits = (math.nan, math.nan)
-    if enough:
-        limits = bca_interval(fvu, _fvu(draws), _fvu(left_out))
-    if not scored:
-        return Score(fvu_low=limits[0], fvu_high=limits[1])
-    if _null(point)[0] - _ceiling(point)[0] < _NARROW:
-        return Score(fvu_low=limits[0], fvu_high=limits[1], undefined=True)
-    score = float(_score(point)[0])
-    score_limits = (math.nan, math.nan)
-    if enough:
-        drawn = np.concatenate([draws[:, :4], _redraw_seeds(draws[:, 4:], kinds, generator)], 1)
-        score_limits = bca_interval(score, _score(drawn), _score(left_out))
-    return Score(
-        fvu_low=limits[0],
-        fvu_high=limits[1],
-        score=score,
-        score_low=score_limits[0],
-        score_high=score_limits[1],
-    )
+    null, ceiling = _null_and_ceiling(point)
+    if null[0] - ceiling[0] < NARROW:
+        return Score()
+    value = float(_score(point)[0])
+    if len(sums) < FEWEST_UNITS:
+        return Score(value=value)
+    generator = np.random.default_rng(seed)
+    draws = resampled_totals(sums, _DRAWS, generator)
+    draws[:, 4:] = _redraw_seeds(draws[:, 4:], len(errors.random), generator)
+    low, high = bca_interval(value, _score(draws), _score(leave_one_out_totals(sums)))
+    return Score(value=value, low=low, high=high)
 
 
 def _redraw_seeds(
@@ -101,24 +99,15 @@ def _redraw_seeds(
     return np.take_along_axis(random, chosen.reshape(draws, targets), axis=1)
 
 
-def _fvu(totals: Float[np.ndarray, "draws columns"]) -> Float[np.ndarray, " draws"]:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return totals[:, 1] / totals[:, 0]
-
-
-def _null(totals: Float[np.ndarray, "draws columns"]) -> Float[np.ndarray, " draws"]:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        linear = totals[:, 2] / totals[:, 0]
-        random = totals[:, 4:].mean(1) / totals[:, 0]
-    return np.minimum(np.minimum(linear, random), 1.0)
-
-
-def _ceiling(totals: Float[np.ndarray, "draws columns"]) -> Float[np.ndarray, " draws"]:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return totals[:, 3] / totals[:, 0]
+def _null_and_ceiling(
+    totals: Float[np.ndarray, "draws columns"],
+) -> tuple[Float[np.ndarray, " draws"], Float[np.ndarray, " draws"]]:
+    shares = totals / totals[:, :1]
+    random = shares[:, 4:].mean(1)
+    return np.minimum(np.minimum(random, shares[:, 2]), 1.0), shares[:, 3]
 
 
 def _score(totals: Float[np.ndarray, "draws columns"]) -> Float[np.ndarray, " draws"]:
-    null = _null(totals)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return (null - _fvu(totals)) / (null - _ceiling(totals))
+    null, ceiling = _null_and_ceiling(totals)
+    score: np.ndarray = (null - totals[:, 1] / totals[:, 0]) / (null - ceiling)
+    return score

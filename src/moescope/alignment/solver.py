@@ -49,7 +49,7 @@ class Fit:
     steps: int
     """Optimiser steps until the fit stopped."""
     converged: bool
-    """Whether the last quarter of the steps hardly lowered the inner FVU."""
+    """Whether the second half of the steps hardly lowered the inner FVU."""
     curve: tuple[CurvePoint, ...] = ()
     """Inner validation FVU along the way."""
     published_mse: float = math.nan
@@ -156,7 +156,7 @@ class _Best:
     """The weights of every fit that were best on the inner validation tokens."""
 
     def __init__(self, adapters: AdapterStack) -> None:
-        self.adapters = AdapterStack(*(p.clone() for p in adapters.parameters()))
+        self.adapters = adapters.copy()
         fits = len(adapters.weight)
         device = adapters.weight.device
         self.fvu = torch.full((fits,), math.inf, device=device)
@@ -203,13 +203,13 @@ def _finish(task: Task, targets: ExpertStack, best: _Best, constants: AdapterSta
     plain = AdapterStack(weight, bias, best.adapters.gain, best.adapters.shift)
     fits = []
     for i, curve in enumerate(best.curves):
-        early = min(point.fvu for point in curve if point.step <= 0.75 * curve[-1].step)
+        early = min(point.fvu for point in curve if 2 * point.step <= curve[-1].step)
         fits.append(
             Fit(
                 adapter=(plain if better[i] else constants).adapter(i),
                 constant=constants.adapter(i),
                 steps=curve[-1].step,
-                converged=early - float(best.fvu[i]) <= task.options.settled * early,
+                converged=early - float(best.fvu[i]) <= task.options.settled,
                 curve=tuple(curve),
             )
         )

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -52,17 +53,9 @@ class ExpertStack:
             joined = torch.stack([t.detach().to(device).float() for t in tensors if t is not None])
             return joined.mT.contiguous() if joined.ndim == 3 else joined[:, None]
 
-        up, down = stacked("up"), stacked("down")
-        assert up is not None and down is not None
-        return cls(
-            gate=stacked("gate"),
-            up=up,
-            down=down,
-            gate_bias=stacked("gate_bias"),
-            up_bias=stacked("up_bias"),
-            down_bias=stacked("down_bias"),
-            activation=experts[0].activation,
-        )
+        names = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
+        parts: dict[str, Any] = {name: stacked(name) for name in names}
+        return cls(**parts, activation=experts[0].activation)
 
     def __len__(self) -> int:
         return self.up.shape[0]
@@ -121,16 +114,18 @@ class AdapterStack:
 
     def adapter(self, fit: int) -> Adapter:
         """One of them."""
-        return Adapter(*(p[fit].detach().clone() for p in self.parameters()), eps=self.eps)
+        weight, bias, gain, shift = (p[fit].detach().clone() for p in self.parameters())
+        return Adapter(weight, bias, gain, shift, self.eps)
 
     @classmethod
-    def of(cls, adapters: Sequence[Adapter]) -> "AdapterStack":
-        """Stack adapters of one size and eps."""
-        weight, bias, gain, shift = (
-            torch.stack([getattr(adapter, name) for adapter in adapters])
-            for name in ("weight", "bias", "gain", "shift")
-        )
-        return cls(weight, bias, gain, shift, adapters[0].eps)
+    def holding(cls, parameters: Sequence[Tensor]) -> "AdapterStack":
+        """The inverse of `parameters`: weight, bias, gain, shift."""
+        weight, bias, gain, shift = parameters
+        return cls(weight, bias, gain, shift)
+
+    def copy(self) -> "AdapterStack":
+        """Adapters of the same values in other memory."""
+        return self.holding([p.clone() for p in self.parameters()])
 
 
 def _affine(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:

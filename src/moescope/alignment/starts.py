@@ -17,8 +17,9 @@ from moescope.alignment.stack import AdapterStack, ExpertStack
 from moescope.alignment.whitening import Whitening
 
 _TOKENS = 1_024  # of the target's inputs, enough to see where they lie
+_FEW = 256  # of the source's tokens, enough to see the size of outputs
 _RIDGE = 0.01  # on white coordinates
-_GAINS = torch.logspace(-1, 1, 17).tolist()  # times the spread of the target's inputs
+_GAINS = [0.1 * 10 ** (step / 6) for step in range(13)]  # times the spread of the target's inputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +68,8 @@ def linear_part(
     """The matrix M of the ridge fit `y - mean(y) = white @ M`."""
     eye = torch.eye(white.shape[1], device=white.device)
     gram = white.T @ white / len(white) + _RIDGE * eye
-    return torch.linalg.solve(gram, white.T @ (y - y.mean(0)) / len(white))
+    found: Tensor = torch.linalg.solve(gram, white.T @ (y - y.mean(0)) / len(white))
+    return found
 
 
 def rotations(
@@ -94,7 +96,8 @@ def rotations(
         pulled = torch.linalg.solve(gram / level + 0.1 * eye, linear @ source.T / level)
         found.append(domain.whitening.inverse @ pulled)  # [target input, source white]
     left, _, right = torch.linalg.svd(torch.stack(found), full_matrices=False)
-    return left @ right
+    rotation: Tensor = left @ right
+    return rotation
 
 
 def start(
@@ -119,13 +122,13 @@ def start(
     weight = rotations(linear_part(white, y), experts, domains)
     shift = torch.stack([domain.whitening.mean for domain in domains])
     scale = torch.stack([domain.scale for domain in domains])[:, None]  # [fits, 1]
-    few = white[:_TOKENS].expand(len(weight), -1, -1)
+    few = white[:_FEW].expand(len(weight), -1, -1)
     normal = layer_norm(torch.bmm(few, weight.mT), shift.shape[-1:])
-    limit = wanted_output**2 * y.var(0, unbiased=False).sum()
+    limit = wanted_output**2 * (y - y.mean(0)).square().sum(1).mean()
     chosen = torch.full_like(scale, _GAINS[0])
     for gain in _GAINS[1:]:
         outputs = experts(normal * (gain * scale[:, None]) + shift[:, None])
-        spread = outputs.var(1, unbiased=False).sum(1, keepdim=True)  # [fits, 1]
+        spread = (outputs - outputs.mean(1, keepdim=True)).square().sum(2).mean(1)[:, None]
         chosen = torch.where(spread <= limit, torch.full_like(scale, gain), chosen)
     gain_scale = chosen * scale
     adapters = AdapterStack(

@@ -53,7 +53,7 @@ def train_converged(
     began = time.monotonic()
     tokens = max(task.options.batch_tokens, len(task.inner))
     fits: dict[int, Fit] = {}
-    for chunk in _chunks(candidates, tokens, task.options.memory_bytes):
+    for chunk in _chunks(candidates, tokens, task.options.chunk_bytes):
         seconds = None
         if budget_seconds is not None:
             left = budget_seconds - (time.monotonic() - began)
@@ -70,12 +70,12 @@ def train_published(
     train: Samples,
     candidates: Sequence[Candidate],
     seed: int,
-    memory_bytes: int,
+    chunk_bytes: int,
     progress: Progress | None = None,
 ) -> list[Fit]:
     """Fit every candidate with the published loop, on all training tokens."""
     fits: dict[int, Fit] = {}
-    for chunk in _chunks(candidates, min(TOKENS, len(train)), memory_bytes):
+    for chunk in _chunks(candidates, min(TOKENS, len(train)), chunk_bytes):
         chosen = [candidates[i] for i in chunk]
         experts = [c.expert for c in chosen]
         adapters, printed = train_as_published(train, experts, seed)
@@ -94,7 +94,7 @@ def train_published(
     return [fits[i] for i in range(len(candidates))]
 
 
-def _chunks(candidates: Sequence[Candidate], tokens: int, memory_bytes: int) -> list[list[int]]:
+def _chunks(candidates: Sequence[Candidate], tokens: int, chunk_bytes: int) -> list[list[int]]:
     """Candidates of one shape, as many at once as fit in memory."""
     chunks = []
     for group in same_shape([c.expert for c in candidates]):
@@ -102,6 +102,6 @@ def _chunks(candidates: Sequence[Candidate], tokens: int, memory_bytes: int) -> 
         hidden, wide = expert.hidden_size, expert.intermediate_size
         # fp32: matrix, gradient, momentum, best and four temporaries; expert; activations.
         each = 4 * (8 * hidden**2 + 3 * hidden * wide + tokens * (6 * hidden + 8 * wide))
-        size = max(1, memory_bytes // each)
+        size = max(1, chunk_bytes // each)
         chunks += [group[i : i + size] for i in range(0, len(group), size)]
     return chunks

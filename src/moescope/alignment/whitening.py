@@ -22,16 +22,19 @@ class Whitening:
     def of(cls, x: Float[Tensor, "tokens hidden"], shrinkage: float) -> "Whitening":
         """Learn the coordinates, in fp64.
 
-        The covariance is mixed with `shrinkage` times the identity at its mean variance
-        (Ledoit and Wolf 2004), so that directions with little data are not blown up.
+        The covariance is mixed with `shrinkage` times its own diagonal (Schaefer and Strimmer
+        2005), so that directions with little data are not blown up, whatever the scale of single
+        dimensions.
         """
         wide = x.double()
         mean = wide.mean(0)
         covariance = (wide - mean).T @ (wide - mean) / len(x)
-        level = covariance.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-        eye = torch.eye(x.shape[1], dtype=torch.float64, device=x.device)
-        values, vectors = torch.linalg.eigh((1 - shrinkage) * covariance + shrinkage * level * eye)
-        root = values.clamp_min(float(shrinkage * level) / 2).sqrt()
+        variances = covariance.diagonal()
+        # A dimension that never moves gets a small variance of its own.
+        floor = (1e-6 * variances.mean()).clamp_min(torch.finfo(torch.float32).tiny)
+        diagonal = torch.diag(variances.clamp_min(floor))
+        values, vectors = torch.linalg.eigh((1 - shrinkage) * covariance + shrinkage * diagonal)
+        root = values.clamp_min(max(shrinkage / 2, 1e-6) * floor).sqrt()
         return cls(
             mean.float(),
             ((vectors / root) @ vectors.T).float(),

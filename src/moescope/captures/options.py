@@ -30,7 +30,8 @@ class CaptureOptions:
     most one group."""
 
     def __post_init__(self) -> None:
-        for name, least in {"tokens": 0, "tokens_per_expert": 0, "shard_tokens": 1}.items():
+        lowest = {"tokens": 0, "tokens_per_expert": 0, "seed": 0, "shard_tokens": 1}
+        for name, least in lowest.items():
             if getattr(self, name) < least:
                 raise OptionError(
                     f"{name} is too small", got=getattr(self, name), expected=f"at least {least}"

@@ -1,4 +1,4 @@
-"""What is known of a capture that is not finished, so that it can go on after any interruption.
+"""How far a capture is: finished, with a manifest, or able to go on after any interruption.
 
 `capture/partial/progress.json` lists the groups of shards that are complete; it is replaced
 atomically after each group. Reservoir candidates lie beside it. The folder goes away once the
@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from moescope.captures.shards import Entry, verify
-from moescope.errors import CaptureError
+from moescope.captures.shards import SCHEMA, Entry, verify
+from moescope.errors import CaptureError, MoEScopeError
 from moescope.runs import read_json, write_json
 
 MANIFEST = "manifest.json"
@@ -100,6 +100,35 @@ class Partial:
         """Put the manifest in place, then remove what only an unfinished capture needs."""
         write_json(self.folder / MANIFEST, manifest)
         discard_partial(self.folder)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read the manifest of a complete capture.
+
+    Raises:
+        CaptureError: There is none, it was altered, or it has another format.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
+        begun = (folder / PARTIAL).exists()
+        raise CaptureError(
+            f"{folder} holds {'an unfinished' if begun else 'no'} capture",
+            remedy="Run the same capture again; it goes on where it stopped"
+            if begun
+            else "Run `moescope capture` first",
+        )
+    try:
+        manifest: dict[str, Any] = read_json(path)
+    except MoEScopeError as error:
+        raise CaptureError(f"{path} was altered: it is not JSON", got=error) from error
+    if manifest.get("schema") != SCHEMA:
+        raise CaptureError(
+            f"{path} has another format",
+            got=manifest.get("schema"),
+            expected=f"schema {SCHEMA}",
+            remedy="Capture again, or use the version of moescope that wrote it",
+        )
+    return manifest
 
 
 def discard_partial(folder: Path) -> None:

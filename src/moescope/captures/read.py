@@ -1,5 +1,6 @@
 """Opens what `capture` wrote."""
 
+import hashlib
 import html
 import os
 from collections.abc import Iterator
@@ -11,12 +12,12 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from moescope.captures.partial import MANIFEST, PARTIAL
+from moescope.captures.partial import MANIFEST, read_manifest
 from moescope.captures.sampling import expert_keys, lowest, priorities
-from moescope.captures.shards import SCHEMA, Entry, layer_tensor, read_tensor, verify
-from moescope.errors import CaptureError, MoEScopeError, unknown
+from moescope.captures.shards import Entry, layer_tensor, read_tensor, verify
+from moescope.errors import CaptureError, unknown
 from moescope.models.view import Routing
-from moescope.runs import Run, read_json
+from moescope.runs import Run
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,34 +44,11 @@ class Capture:
             CaptureError: There is no complete capture, or a shard is missing, truncated or altered.
         """
         self.folder = Run(run).capture_folder
-        self.manifest: dict[str, Any] = self._read_manifest()
+        self.manifest: dict[str, Any] = read_manifest(self.folder)
         for entry in self.manifest["shards"]:
             verify(self.folder, entry)
         if sum(entry["tokens"] for entry in self._shards("tokens")) != self.num_tokens:
             raise CaptureError(f"{self.folder / MANIFEST} was altered: its tokens do not add up")
-
-    def _read_manifest(self) -> dict[str, Any]:
-        path = self.folder / MANIFEST
-        if not path.exists():
-            begun = (self.folder / PARTIAL).exists()
-            raise CaptureError(
-                f"{self.folder} holds {'an unfinished' if begun else 'no'} capture",
-                remedy="Run the same capture again; it goes on where it stopped"
-                if begun
-                else "Run `moescope capture` first",
-            )
-        try:
-            manifest: dict[str, Any] = read_json(path)
-        except MoEScopeError as error:
-            raise CaptureError(f"{path} was altered: it is not JSON", got=error) from error
-        if manifest.get("schema") != SCHEMA:
-            raise CaptureError(
-                f"{path} has another format",
-                got=manifest.get("schema"),
-                expected=f"schema {SCHEMA}",
-                remedy="Capture again, or use the version of moescope that wrote it",
-            )
-        return manifest
 
     @property
     def layers(self) -> list[int]:
@@ -106,6 +84,17 @@ class Capture:
     def model_fingerprint(self) -> str:
         """SHA-256 of the model's configuration and weights, as `MoEModel.fingerprint`."""
         return str(self.manifest["model"]["fingerprint"])
+
+    @property
+    def model_revision(self) -> str | None:
+        """Commit on the Hub, if the model came from there."""
+        revision = self.manifest["model"]["revision"]
+        return None if revision is None else str(revision)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the manifest, which names the checksum of every shard."""
+        return hashlib.sha256((self.folder / MANIFEST).read_bytes()).hexdigest()
 
     def layer_facts(self, layer: int) -> dict[str, Any]:
         """Family, `num_experts`, `top_k`, `hidden_size` and `intermediate_size` of a layer.

@@ -8,7 +8,13 @@ import torch
 
 from moescope.captures.compact import write_samples
 from moescope.captures.options import CaptureOptions
-from moescope.captures.partial import MANIFEST, Partial, discard_partial, require_same
+from moescope.captures.partial import (
+    MANIFEST,
+    Partial,
+    discard_partial,
+    read_manifest,
+    require_same,
+)
 from moescope.captures.plan import Plan
 from moescope.captures.read import Capture
 from moescope.captures.recorder import Recorder, chained_sha256
@@ -18,7 +24,7 @@ from moescope.errors import CaptureError
 from moescope.models.observe import observe
 from moescope.models.view import MoEModel
 from moescope.progress import track
-from moescope.runs import Run, library_versions, read_json
+from moescope.runs import Run, library_versions
 
 _DEFAULT = CaptureOptions()
 
@@ -73,7 +79,7 @@ def capture(
     plan = Plan.make(model, corpus, options)
     folder, identity = Run(out).capture_folder, plan.identity()
     if (folder / MANIFEST).exists():
-        require_same(folder, read_json(folder / MANIFEST), identity)
+        require_same(folder, read_manifest(folder), identity)
         discard_partial(folder)
         return Capture(out)
     partial = Partial.open(folder, identity | {"libraries": library_versions()})

@@ -53,7 +53,7 @@ RECORDABLE: dict[str, BlockTensor | LogitsTensor] = {}
 
 def register(tensor: BlockTensor | LogitsTensor) -> None:
     """Make a tensor recordable; a name can be taken once."""
-    assert tensor.name not in RECORDABLE, f"{tensor.name} is registered twice"  # noqa: S101
+    assert tensor.name not in RECORDABLE, f"{tensor.name} is registered twice"
     RECORDABLE[tensor.name] = tensor
 
 
@@ -82,13 +82,13 @@ def _inputs(seen: Observation, chosen: Int64[Tensor, "chosen"]) -> Parts:
 
 
 def _residual(seen: Observation, chosen: Int64[Tensor, "chosen"]) -> Parts:
-    assert seen.residual is not None, "observed without the residual stream"  # noqa: S101
+    assert seen.residual is not None, "observed without the residual stream"
     return {"residual": seen.residual.index_select(0, chosen)}
 
 
 def _shared_output(seen: Observation, chosen: Int64[Tensor, "chosen"]) -> Parts:
     output = seen.layer.shared_output(seen.input.index_select(0, chosen))
-    assert output is not None, "recorded from a layer without a shared expert"  # noqa: S101
+    assert output is not None, "recorded from a layer without a shared expert"
     return {"shared_output": output}
 
 

@@ -94,7 +94,7 @@ class Reservoirs:
 
         All of them come before the first call of `candidates`, `offer` and `sample`.
         """
-        assert self._limits is None, "whole rows come first"  # noqa: S101
+        assert self._limits is None, "whole rows come first"
         self._used += experts.long().flatten().bincount(minlength=len(self._used))
 
     def candidates(
@@ -141,7 +141,7 @@ class Reservoirs:
         full = (count == wanted) & (wanted > 0)
         limits = self._thresholds().cpu().clone()
         # Within `kept` an expert's last pair has its highest number.
-        limits[full] = self._numbers[kept][count.cumsum(0) - 1][full]
+        limits[full] = self._numbers[kept[(count.cumsum(0) - 1)[full]]]
         self._limits = limits.to(self.device)
         kept = kept.sort().values
         self._experts, self._numbers = self._experts[kept], self._numbers[kept]

@@ -79,9 +79,7 @@ def require_conformance(model: MoEModel) -> None:
     Raises:
         ConformanceError: Names the first layer that fails and its error.
     """
-    embeddings = model.model.get_input_embeddings().get_parameter("weight")
-    generator = torch.Generator().manual_seed(0)
-    table = conformance(model, torch.randint(len(embeddings), (2, 16), generator=generator))
+    table = conformance(model, sample_ids(model))
     for row in table.itertuples():
         if not row.passed:
             raise ConformanceError(
@@ -91,6 +89,13 @@ def require_conformance(model: MoEModel) -> None:
                 expected=f"at most {TOLERANCE:g}",
                 remedy="Its blocks differ from those of the family in this version of transformers",
             )
+
+
+def sample_ids(model: MoEModel) -> Int[Tensor, "rows length"]:
+    """A few random tokens of the model's vocabulary, always the same."""
+    embeddings = model.model.get_input_embeddings().get_parameter("weight")
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(len(embeddings), (2, 16), generator=generator)
 
 
 def _observations(

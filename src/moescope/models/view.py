@@ -138,6 +138,12 @@ class MoELayer(ABC):
         """Width of inputs and outputs of the block."""
         return self.router_weight.shape[1]
 
+    @property
+    def has_shared_expert(self) -> bool:
+        """Whether every token also goes through an expert that is not routed."""
+        nothing = self.router_weight.detach().new_zeros(0, self.hidden_size)
+        return self.shared_output(nothing) is not None
+
     def check_experts(self, experts: Sequence[int]) -> None:
         """Refuse numbers that are no experts of this layer.
 

@@ -20,7 +20,6 @@ import altair as alt
 import pandas as pd
 import vl_convert
 
-from moescope.reports.panels import specification
 from moescope.reports.registry import Chapter, Figure
 from moescope.reports.tables import meanings_html, size_in_words, table_html
 from moescope.runs import Result
@@ -37,16 +36,16 @@ def themes() -> dict[str, Any]:
     return found
 
 
-def document(content: Content, folder: str) -> str:
+def document(content: Content, specifications: Mapping[str, Any], folder: str) -> str:
     """The whole page.
 
     Args:
         content: Results in order, with their chapters and figures.
+        specifications: Vega-Lite of every figure, by name.
         folder: Name of the run folder.
     """
     scripts = [_vega(), _page_file("report.js")]
     drawn = [figure for _, _, figures in content for figure in figures]
-    specs = {figure.name: _specification(figure) for figure in drawn}
     numbers = {figure.name: number for number, figure in enumerate(drawn, start=1)}
     provenance = content[0][0].provenance
     return Template(_page_file("report.html")).substitute(
@@ -62,7 +61,7 @@ def document(content: Content, folder: str) -> str:
         chapters="".join(_chapter(*part, numbers) for part in content),
         provenance="".join(_provenance(result, chapter) for result, chapter, _ in content),
         themes=_embedded(themes()),
-        specifications=_embedded(specs),
+        specifications=_embedded(specifications),
         vega=scripts[0],
         script=scripts[1],
     )
@@ -75,7 +74,7 @@ def _page_file(name: str) -> str:
 @cache
 def _vega() -> str:
     """Vega, Vega-Lite and Vega-Embed in one script, once for all charts."""
-    script = vl_convert.javascript_bundle(vl_version=VEGA_LITE)
+    script = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", VEGA_LITE)
     return script.replace("</script", "<\\/script").replace("<!--", "<\\!--")
 
 
@@ -92,11 +91,6 @@ def _embedded(value: object) -> str:
     """JSON that may stand inside a script element."""
     text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _specification(figure: Figure) -> dict[str, Any]:
-    description = f"{figure.title} {figure.how_to_read}"
-    return specification(figure.chart, figure.panels, title=figure.title, description=description)
 
 
 def _anchor(result: Result) -> str:

@@ -62,13 +62,13 @@ _DIAGONALS = ((0.0, 0.5, 0.5, 0.0), (0.0, 1.0, 1.0, 0.0), (0.5, 1.0, 1.0, 0.5))
 def _diagonal(
     base: alt.Chart, x: alt.X, y: alt.Y, left: float, bottom: float, right: float, top: float
 ) -> alt.Chart:
-    ends = base.mark_rule(style="hatch", tooltip=None)
-    return ends.encode(
+    ends: alt.Chart = base.mark_rule(style="hatch", tooltip=None).encode(
         x.bandPosition(left),
         y.bandPosition(bottom),
         alt.X2(x["shorthand"], bandPosition=right),
         alt.Y2(y["shorthand"], bandPosition=top),
     )
+    return ends
 
 
 def cell_numbers(x: alt.X, y: alt.Y, value: str, number: str, strong: str) -> list[alt.Chart]:

@@ -42,6 +42,7 @@ def specification(
     with alt.data_transformers.enable("default", max_rows=None):
         spec = chart.to_dict()
     del spec["$schema"], spec["config"]  # the theme brings the configuration
+    spec["datasets"] = {n: [_short(row) for row in rows] for n, rows in spec["datasets"].items()}
     spec["title"] = title
     spec["description"] = description
     spec["usermeta"] = {"panels": asdict(panels)}
@@ -56,3 +57,8 @@ def specification(
     else:
         spec["width"] = width
     return spec
+
+
+def _short(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with six digits, more than a chart can show; the tables keep them all."""
+    return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}

@@ -8,13 +8,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pkgutil import iter_modules
+from typing import Any
 
 import altair as alt
 import pandas as pd
 
 from moescope.errors import MoEScopeError
 from moescope.reports import figures as figures_package
-from moescope.reports.panels import Panels
+from moescope.reports.panels import Panels, specification
 from moescope.runs import Result
 
 
@@ -36,6 +37,11 @@ class Figure:
     """How the chart fills the width of the page."""
     table: pd.DataFrame | None = None
     """The numbers of the chart, shown as a sortable table below it."""
+
+    def specification(self) -> dict[str, Any]:
+        """The chart as Vega-Lite, with its data, title and description."""
+        description = f"{self.title} {self.how_to_read}"
+        return specification(self.chart, self.panels, title=self.title, description=description)
 
 
 Draw = Callable[[Result], list[Figure]]

@@ -1,6 +1,7 @@
 """Writes a report: the page, its figures and its tables."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ import vl_convert
 
 from moescope.errors import MoEScopeError
 from moescope.reports.document import VEGA_LITE, document, themes
-from moescope.reports.panels import specification
 from moescope.reports.registry import Figure, chapter
 from moescope.runs import Result, Run, write_atomically, write_text
 
@@ -40,26 +40,24 @@ def report(run: Run | str | os.PathLike[str]) -> Path:
         )
     results = [run.result(name) for name in _in_order(names)]
     content = [(result, chapter(result.name), _figures(result)) for result in results]
-    for result, _, figures in content:
+    specifications = {f.name: f.specification() for _, _, figures in content for f in figures}
+    for result in results:
         _write_tables(run.path / "tables", result)
-        for figure in figures:
-            write_figure(figure, run.path / "figures")
+    for name, specification in specifications.items():
+        write_figure(name, specification, run.path / "figures")
     page = run.path / "report.html"
-    write_text(page, document(content, run.path.resolve().name))
+    write_text(page, document(content, specifications, run.path.resolve().name))
     return page
 
 
-def write_figure(figure: Figure, folder: Path) -> None:
+def write_figure(name: str, specification: Mapping[str, Any], folder: Path) -> None:
     """Write one figure as `NAME.svg` and `NAME.png`, in the light theme, without a network."""
-    spec = specification(
-        figure.chart, figure.panels, title=figure.title, description=figure.how_to_read
+    svg = vl_convert.vegalite_to_svg(
+        dict(specification), VEGA_LITE, config=themes()["light"], allowed_base_urls=[]
     )
-    light: dict[str, Any] = themes()["light"]
-    options = {"vl_version": VEGA_LITE, "config": light, "allowed_base_urls": []}
-    svg = vl_convert.vegalite_to_svg(spec, **options)
     png = vl_convert.svg_to_png(svg, scale=_RESOLUTION)
-    write_text(folder / f"{figure.name}.svg", svg)
-    write_atomically(folder / f"{figure.name}.png", lambda path: path.write_bytes(png))
+    write_text(folder / f"{name}.svg", svg)
+    write_atomically(folder / f"{name}.png", lambda path: path.write_bytes(png))
 
 
 def _in_order(names: list[str]) -> list[str]:

@@ -4,9 +4,9 @@ import altair as alt
 import numpy as np
 import pandas as pd
 
-from moescope.reports.figures import align_fits
+from moescope.reports.figures import align_distributions, align_fits
 from moescope.reports.figures.align_pairs import (
-    Side,
+    PAIR_FIELDS,
     gaps,
     layer_pairs,
     measured,
@@ -17,6 +17,8 @@ from moescope.reports.figures.align_pairs import (
 from moescope.reports.marks import MISSING, cell_numbers, diverging, logarithmic, matrix
 from moescope.reports.registry import Figure, figures
 from moescope.runs import Result
+
+Side = alt.LayerChart | alt.FacetChart
 
 COLUMNS = {
     "source_layer, source_expert": "The expert f that is to be imitated.",
@@ -58,8 +60,8 @@ def draw(result: Result) -> list[Figure]:
         drawn += [_published(pairs), align_fits.error_against_size(pairs)]
     further = {
         "curves": align_fits.convergence,
-        "distributions": align_fits.histograms,
-        "pca": align_fits.principal_components,
+        "distributions": align_distributions.histograms,
+        "pca": align_distributions.principal_components,
     }
     present = [name for name in further if not result.tables.get(name, pd.DataFrame()).empty]
     return drawn + [further[name](result.tables[name]) for name in present]
@@ -73,6 +75,8 @@ _BESIDE = {
     "fvu_floor": "FVU of the floor",
 }
 """Columns beside the score, on one scale."""
+_MOST_WRITTEN = 12
+"""Columns of a matrix whose cells have room for numbers."""
 
 
 def _score(pairs: pd.DataFrame) -> Figure:
@@ -105,9 +109,12 @@ def _axes(frame: pd.DataFrame) -> tuple[alt.X, alt.Y]:
 def _matrix(frame: pd.DataFrame, value: str, colour: alt.Color, number: str, title: str) -> Side:
     x, y = _axes(frame)
     layers = matrix(x, y, value, colour, pair_tooltip())
-    if frame["target_expert"].nunique() <= 12:
+    experts = frame["target_expert"].nunique()
+    if experts <= _MOST_WRITTEN:
         layers += cell_numbers(x, y, value, number, "strong")
-    return alt.layer(*layers, data=frame).properties(height=alt.Step(34), title=title)
+    used = {"source_expert", "target_expert", "strong", value, *PAIR_FIELDS}
+    step = alt.Step(34 if experts <= _MOST_WRITTEN else 16)
+    return alt.layer(*layers, data=frame[sorted(used)]).properties(height=step, title=title)
 
 
 def _score_matrix(frame: pd.DataFrame, title: str) -> Side:

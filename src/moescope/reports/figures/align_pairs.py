@@ -1,15 +1,13 @@
 """Pairs of experts as the alignment figures need them: labelled, grouped, never a false number."""
 
-import altair as alt
 import pandas as pd
 
 from moescope.reports.marks import Tooltips, label, tip
 from moescope.reports.panels import Panels
 
-NO_SCORE = ("undefined", "too_few_tokens")
+NO_SCORE = ("too_few_tokens", "constant_outputs", "no_controls", "no_ceiling", "undefined")
 """Statuses under which a score must not be shown, whatever the table holds."""
 
-Side = alt.LayerChart
 LayerPair = tuple[int, int]
 
 _MOST_LAYER_PAIRS = 6
@@ -33,7 +31,10 @@ def measured(table: pd.DataFrame) -> pd.DataFrame:
 def layer_pairs(pairs: pd.DataFrame) -> list[tuple[LayerPair, pd.DataFrame]]:
     """The pairs by source and target layer; the first few where there are many."""
     groups = pairs.groupby(["source_layer", "target_layer"], sort=True)
-    found = [((int(key[0]), int(key[1])), frame) for key, frame in groups]
+    found = [
+        ((int(frame["source_layer"].iloc[0]), int(frame["target_layer"].iloc[0])), frame)
+        for _, frame in groups
+    ]
     return found[:_MOST_LAYER_PAIRS]
 
 
@@ -48,22 +49,26 @@ def pair_panels(pairs: pd.DataFrame, count: int) -> Panels:
     return Panels(count=count, minimum=max(190, 14 * wide), preferred=max(280, 58 * wide))
 
 
+_NUMBERS = {
+    "score": ("score", ".3~f"),
+    "score_low": ("95% interval, from", ".3~f"),
+    "score_high": ("to", ".3~f"),
+    "fvu": ("FVU of the pair", ".3~f"),
+    "fvu_linear": ("FVU of a linear map", ".3~f"),
+    "fvu_random": ("FVU of random experts", ".3~f"),
+    "fvu_self": ("FVU of the ceiling", ".3~f"),
+    "published_mse": ("published error", ".3~g"),
+    "n_val": ("held-out tokens", ","),
+    "n_documents": ("documents", ","),
+}
+PAIR_FIELDS = ("pair", "status", *_NUMBERS)
+"""Columns that `pair_tooltip` reads."""
+
+
 def pair_tooltip() -> Tooltips:
     """What there is to know of one pair."""
-    return [
-        label("pair", "pair"),
-        label("status", "status"),
-        tip("score", "score"),
-        tip("score_low", "95% interval, from"),
-        tip("score_high", "to"),
-        tip("fvu", "FVU of the pair"),
-        tip("fvu_linear", "FVU of a linear map"),
-        tip("fvu_random", "FVU of random experts"),
-        tip("fvu_self", "FVU of the ceiling"),
-        tip("published_mse", "published error", ".3~g"),
-        tip("n_val", "held-out tokens", ","),
-        tip("n_documents", "documents", ","),
-    ]
+    numbers = (tip(name, title, number) for name, (title, number) in _NUMBERS.items())
+    return [label("pair", "pair"), label("status", "status"), *numbers]
 
 
 def gaps(pairs: pd.DataFrame) -> str:

@@ -27,6 +27,7 @@ COLUMNS = {
     "p_value": "Part of the shuffles that reach js_bits.",
 }
 
+_USED = ["domain", "layer", "expert", "tokens", "share", "uniform", "low", "high"]
 _MOST_SEPARATE_EXPERTS = 16
 _MOST_DOMAIN_PAIRS = 12
 
@@ -69,7 +70,7 @@ def _shares(shares: pd.DataFrame) -> Figure:
     domains = frame["domain"].unique().tolist()
     experts = frame["expert"].nunique()
     chart = (
-        alt.layer(*cells, data=frame)
+        alt.layer(*cells, data=frame[[*_USED, "times", "log_times"]])
         .properties(height=alt.Step(22))
         .facet(facet=alt.Facet("domain:N", sort=domains, header=alt.Header(title=None)))
         .resolve_axis(x="independent")
@@ -78,7 +79,7 @@ def _shares(shares: pd.DataFrame) -> Figure:
         name="routing-shares",
         title="Which experts does each kind of text use?",
         how_to_read="One cell is one expert of one layer. Blue: used more than K/E, the share of "
-        f"an even router; brown: used less; {MISSING}.",
+        f"an even router; orange: used less; {MISSING}.",
         limits="A preferred expert need not know the domain: this shows where tokens go, not what "
         "the expert does with them.",
         chart=chart,
@@ -91,8 +92,9 @@ def _shares(shares: pd.DataFrame) -> Figure:
 def _load(shares: pd.DataFrame) -> Figure:
     frame = shares[shares["domain"] == "all"]
     separate = frame["expert"].nunique() <= _MOST_SEPARATE_EXPERTS
-    beside = alt.XOffset("expert:O", scale=alt.Scale(padding=0.3)) if separate else alt.Undefined
-    x = alt.X("layer:O", title="layer")
+    x: dict[str, object] = {"x": alt.X("layer:O", title="layer")}
+    if separate:
+        x["xOffset"] = alt.XOffset("expert:O", scale=alt.Scale(padding=0.3))
     percent = alt.Axis(format="%")
     tooltip = [
         label("layer", "layer"),
@@ -113,16 +115,17 @@ def _load(shares: pd.DataFrame) -> Figure:
             alt.X2("layer:O", bandPosition=1),
         )
     )
-    spread = base.mark_rule(opacity=0.45, tooltip=None).encode(x, alt.Y("low:Q"), alt.Y2("high:Q"))
-    points = base.mark_circle(opacity=1, size=34).encode(x, y)
-    layers = [even, points.encode(beside, tooltip=tooltip)]
-    if separate:
-        layers.insert(1, spread.encode(beside))
+    spread = base.mark_rule(opacity=0.45, tooltip=None).encode(
+        alt.Y("low:Q"), alt.Y2("high:Q"), **x
+    )
+    points = base.mark_circle(opacity=1, size=34).encode(y, tooltip=tooltip, **x)
+    layers = [even, spread, points] if separate else [even, points]
     return Figure(
         name="routing-load",
         title="How unequal is the work of the experts?",
-        how_to_read="One dot is one expert over all domains; bars are 95% intervals over "
-        "documents; the dashed line is K/E, an even load.",
+        how_to_read="One dot is one expert over all domains, "
+        + ("with its 95% interval over documents; " if separate else "")
+        + "the dashed line is K/E, an even load.",
         limits="An uneven load on this text is not a fault by itself: other text may use the "
         "quiet experts.",
         chart=alt.layer(*layers).properties(height=240),
@@ -163,7 +166,7 @@ def _lines(frame: pd.DataFrame, names: dict[str, str], title: str) -> alt.Chart:
     order = list(names.values())
     key = alt.Legend(title=None, direction="vertical", columns=1, symbolType="stroke")
     dashes = [[1, 0]] * (len(order) - 1) + [[4, 3]]
-    return (
+    lines: alt.Chart = (
         alt.Chart(long)
         .mark_line(point=alt.OverlayMarkDef(size=30))
         .encode(
@@ -175,6 +178,7 @@ def _lines(frame: pd.DataFrame, names: dict[str, str], title: str) -> alt.Chart:
         )
         .properties(height=200)
     )
+    return lines
 
 
 def _divergence(divergence: pd.DataFrame) -> Figure:

@@ -34,6 +34,7 @@
         mode: "vega-lite",
         renderer: "svg",
         actions: false,
+        defaultStyle: false,
         ast: true, // interpreted expressions: the page forbids eval
         config: themes[dark.matches ? "dark" : "light"],
         tooltip: { disableDefaultStyle: true },
@@ -102,6 +103,10 @@
     const button = event.target.closest("button");
     if (button?.closest("th")) sort(button);
     if (button?.dataset.save) save(button);
+  });
+
+  addEventListener("beforeprint", () => {
+    for (const part of document.querySelectorAll("#provenance details")) part.open = true;
   });
 
   drawAll();

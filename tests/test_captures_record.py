@@ -1,0 +1,273 @@
+import pytest
+import torch
+
+import captures_zoo as zoo
+import models_zoo
+from moescope.captures import recorder
+from moescope.captures.partial import PARTIAL
+from moescope.captures.read import Capture
+from moescope.captures.registry import RECORDABLE, BlockTensor, register, token_loss
+from moescope.corpora.corpus import Corpus
+from moescope.corpora.packing import Packing
+from moescope.errors import CaptureError, OptionError
+from moescope.progress import track
+
+WIDE = ("inputs", "residual", "shared_output")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return zoo.model()
+
+
+@pytest.fixture(scope="module")
+def done(model, tmp_path_factory):
+    return zoo.record(tmp_path_factory.mktemp("run"), model)
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    return zoo.seen(model, zoo.corpus())
+
+
+def test_every_kept_token_has_its_place(done):
+    batches = list(zoo.corpus().batches(None))
+    kept = torch.cat([batch.kept for batch in batches])
+    rows, positions = kept.nonzero(as_tuple=True)
+    assert done.num_tokens == int(kept.sum())
+    assert torch.equal(done.rows, rows)
+    assert torch.equal(done.positions, positions)
+    for name, source in {
+        "token_ids": "input_ids", "documents": "documents", "domain_of": "domains"
+    }.items():  # fmt: skip
+        values = torch.cat([getattr(batch, source) for batch in batches])
+        assert torch.equal(getattr(done, name), values[kept])
+    names = {number: name for batch in batches for number, name in batch.document_names.items()}
+    assert done.document_names == list(names.values())
+    assert done.domains == ["long", "short"]
+    assert (done.positions > 0).all()
+    assert len(done.manifest["shards"]) > 6
+
+
+def test_padding_and_first_positions_never_enter(done):
+    """Without masks there would be this many positions."""
+    batches = list(zoo.corpus().batches(None))
+    padding = sum(int((batch.attention_mask == 0).sum()) for batch in batches)
+    rows = sum(len(batch.input_ids) for batch in batches)
+    assert padding > 0
+    assert done.num_tokens == 12 * rows - padding - rows
+    assert (done.documents >= 0).all()
+    assert (done.domain_of >= 0).all()
+
+
+def test_routing_is_recorded_for_every_token(done, expected):
+    for layer in done.layers:
+        routing = done.routing(layer)
+        assert torch.equal(routing.experts, expected[0][layer, "experts"])
+        assert torch.equal(routing.weights, expected[0][layer, "weights"].float())
+        assert torch.equal(routing.logits, expected[0][layer, "logits"].float())
+        parts = list(done.routing_shards(layer))
+        assert len(parts) > 2
+        assert torch.equal(torch.cat([part.logits for _, part in parts]), routing.logits)
+        for tokens, part in parts:
+            assert torch.equal(routing.experts[tokens], part.experts)
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_wide_tensors_are_those_of_their_tokens(done, expected, name):
+    for layer in done.layers:
+        recorded = done.wide(layer, name)
+        assert torch.equal(recorded.tokens, recorded.tokens.unique())
+        # Fewer rows at a time may take another kernel in the shared expert.
+        torch.testing.assert_close(
+            recorded.values, expected[0][layer, name][recorded.tokens], rtol=1e-5, atol=1e-6
+        )
+
+
+def test_the_sample_has_whole_rows_first_and_then_each_experts_share(done):
+    counts = done.rows.bincount()
+    whole = counts[counts.cumsum(0) - counts < 60].sum()
+    assert done.manifest["num_whole_row_tokens"] == int(whole) == 66
+    for layer in done.layers:
+        recorded = done.inputs(layer).tokens
+        assert recorded[:whole].tolist() == list(range(whole))
+        everything = set()
+        for expert in range(models_zoo.NUM_EXPERTS):
+            routed, own = done.tokens_of(layer, expert), done.expert_inputs(layer, expert)
+            assert torch.isin(own.tokens, routed).all()
+            assert torch.equal(own.tokens, own.tokens.unique())
+            first = routed[routed < whole]
+            assert torch.isin(first, own.tokens).all()
+            assert len(own.tokens) == max(len(first), min(45, len(routed)))
+            everything |= set(own.tokens.tolist())
+        assert everything | set(range(whole)) == set(recorded.tolist())
+
+
+def test_tokens_of_an_expert_agree_with_the_routing(done):
+    experts = done.routing(1).experts
+    for expert in range(models_zoo.NUM_EXPERTS):
+        assert done.tokens_of(1, expert).tolist() == [
+            token for token, used in enumerate(experts.tolist()) if expert in used
+        ]
+
+
+def test_token_loss_is_that_of_the_next_token_and_nan_at_the_end_of_a_row(done, expected):
+    logits = expected[1].double().log_softmax(-1)
+    last = torch.cat([done.rows[1:] != done.rows[:-1], torch.tensor([True])])
+    assert torch.equal(done.token_loss.isnan(), last)
+    following = done.token_ids[1:][~last[:-1]]
+    tokens = (~last).nonzero()[:, 0]
+    by_hand = -logits[tokens, following]
+    torch.testing.assert_close(done.token_loss[tokens].double(), by_hand, rtol=1e-5, atol=1e-5)
+
+
+def test_token_loss_by_hand():
+    logits = torch.zeros(1, 4, 2)
+    logits[0, 0, 1] = 1.0
+    losses = token_loss(logits, torch.tensor([[0, 1, 0, 0]]), torch.tensor([[1, 1, 1, 0]]))
+    expected = torch.tensor([[0.31326, 0.69315, torch.nan, torch.nan]])
+    torch.testing.assert_close(losses, expected, equal_nan=True, rtol=1e-4, atol=1e-4)
+
+
+def test_the_choice_of_tokens_depends_on_no_batch_or_shard(model, done, tmp_path, monkeypatch):
+    other = zoo.record(tmp_path / "batch", model, zoo.corpus(rows=1), shard_tokens=23)
+    assert torch.equal(other.token_ids, done.token_ids)
+    monkeypatch.setattr(recorder, "SPILL_BYTES", 1)
+    spilled = zoo.record(tmp_path / "spill", model)
+    for layer in done.layers:
+        for again in (other, spilled):
+            assert torch.equal(again.inputs(layer).tokens, done.inputs(layer).tokens)
+    assert zoo.contents(spilled.folder) == zoo.contents(done.folder)
+
+
+def test_the_seed_changes_the_reservoirs_alone(model, done, tmp_path):
+    other = zoo.record(tmp_path, model, seed=1)
+    assert torch.equal(other.routing(1).experts, done.routing(1).experts)
+    assert not torch.equal(other.inputs(1).tokens, done.inputs(1).tokens)
+
+
+def test_two_captures_of_the_same_have_the_same_bytes(model, done, tmp_path):
+    again = zoo.record(tmp_path, model)
+    assert zoo.contents(again.folder) == zoo.contents(done.folder)
+    assert not (again.folder / PARTIAL).exists()
+
+
+def test_routing_alone_records_nothing_wide(model, tmp_path):
+    recorded = zoo.record(tmp_path, model, record=("routing",))
+    assert recorded.recorded == ["routing"]
+    assert {entry["kind"] for entry in recorded.manifest["shards"]} == {"tokens"}
+    with pytest.raises(CaptureError, match="'inputs'.*Expected: routing"):
+        recorded.inputs(0)
+
+
+def test_routing_is_recorded_unasked(model, tmp_path):
+    assert zoo.record(tmp_path, model, record=("inputs",)).recorded == ["routing", "inputs"]
+
+
+def test_no_sample_is_said_so(model, tmp_path):
+    recorded = zoo.record(tmp_path, model, tokens=0, tokens_per_expert=0)
+    with pytest.raises(CaptureError, match="holds no sample of layer 1"):
+        recorded.inputs(1)
+
+
+def test_whole_rows_alone_and_reservoirs_alone(model, tmp_path):
+    rows = zoo.record(tmp_path / "rows", model, tokens_per_expert=0)
+    assert rows.inputs(0).tokens.tolist() == list(range(66))
+    reservoirs = zoo.record(tmp_path / "reservoirs", model, tokens=0)
+    for expert in range(models_zoo.NUM_EXPERTS):
+        available = len(reservoirs.tokens_of(0, expert))
+        assert len(reservoirs.expert_inputs(0, expert).tokens) == min(45, available)
+
+
+def test_half_precision_is_kept_or_converted(tmp_path):
+    half = zoo.model(dtype=torch.bfloat16)
+    half.model.to(torch.bfloat16)
+    own = zoo.record(tmp_path / "own", half)
+    assert own.inputs(1).values.dtype == torch.bfloat16
+    assert own.routing(1).weights.dtype == own.routing(1).logits.dtype == torch.float32
+    wider = zoo.record(tmp_path / "float", half, dtype=torch.float32)
+    assert torch.equal(wider.inputs(1).values, own.inputs(1).values.float())
+    with pytest.raises(OptionError, match="unknown dtype"):
+        zoo.record(tmp_path / "no", half, dtype="int8")
+
+
+@pytest.mark.parametrize("family", models_zoo.FAMILIES)
+def test_every_family_is_recorded_under_its_own_layer_numbers(family, tmp_path):
+    model = zoo.model(family)
+    recorded = zoo.record(tmp_path, model, record=("routing", "inputs"))
+    assert recorded.layers == [layer.index for layer in model.layers]
+    expected, _ = zoo.seen(model, zoo.corpus())
+    for layer in recorded.layers:
+        assert torch.equal(recorded.routing(layer).experts, expected[layer, "experts"])
+        tokens = recorded.inputs(layer).tokens
+        assert torch.equal(recorded.inputs(layer).values, expected[layer, "inputs"][tokens])
+
+
+def test_some_layers(model, tmp_path):
+    recorded = zoo.record(tmp_path, model, layers=(1,))
+    assert recorded.layers == [1]
+    with pytest.raises(CaptureError, match="layer 0 is not in.*one of 1"):
+        recorded.routing(0)
+    with pytest.raises(CaptureError, match="no such expert. Got: 8. Expected: 0 to 7"):
+        recorded.tokens_of(1, 8)
+    with pytest.raises(OptionError, match="not a mixture-of-experts layer"):
+        zoo.record(tmp_path / "dense", zoo.model("deepseek_v2"), layers=(0,), record=("inputs",))
+
+
+def test_what_a_model_does_not_have_cannot_be_recorded(model, tmp_path):
+    with pytest.raises(CaptureError, match="layer 0 has no shared expert"):
+        zoo.record(tmp_path, zoo.model("mixtral"))
+    with pytest.raises(CaptureError, match="Did you mean 'inputs'"):
+        zoo.record(tmp_path, model, record=("input",))
+    unknown = Corpus.from_token_ids({"a": [[1, 2, 97]]})
+    with pytest.raises(CaptureError, match="does not know. Got: 97. Expected: 0 to 96"):
+        zoo.record(tmp_path / "vocabulary", model, unknown)
+    single = Corpus.from_token_ids({"a": [[1]]}, Packing(length=4))
+    with pytest.raises(CaptureError, match="no position to record"):
+        zoo.record(tmp_path / "nothing", model, single)
+
+
+def test_the_model_is_left_as_it_was(model, tmp_path):
+    model.model.train()
+    try:
+        zoo.record(tmp_path, model, record=("routing",))
+        assert model.model.training
+        assert not any(module._forward_hooks for module in model.model.modules())
+    finally:
+        model.model.eval()
+
+
+def test_a_new_tensor_is_one_registration(model, done, tmp_path, monkeypatch):
+    monkeypatch.setattr("moescope.captures.registry.RECORDABLE", dict(RECORDABLE))
+    square = BlockTensor(
+        name="outputs",
+        kind="wide",
+        needs="block",
+        description="",
+        compute=lambda seen, chosen: {"outputs": seen.output[chosen]},
+    )
+    register(square)
+    with pytest.raises(AssertionError):
+        register(square)
+    recorded = zoo.record(tmp_path, model, record=("outputs",))
+    assert recorded.wide(1, "outputs").values.shape == done.inputs(1).values.shape
+
+
+def test_provenance(model, done):
+    assert done.model_name == "in memory"
+    assert done.model_fingerprint == model.fingerprint
+    assert done.seed == 0
+    assert done.manifest["options"]["tokens_per_expert"] == 45
+    assert len(done.manifest["data_sha256"]) == 64
+    assert done.layer_facts(1)["num_experts"] == models_zoo.NUM_EXPERTS
+    assert "in memory" in repr(done)
+    assert "<table>" in done._repr_html_()
+
+
+def test_a_capture_opens_by_its_run_folder(done):
+    assert Capture(done.folder.parent).num_tokens == done.num_tokens
+
+
+def test_progress_is_silent_without_a_terminal(capsys):
+    assert list(track(range(3), "counting", total=3)) == [0, 1, 2]
+    assert capsys.readouterr() == ("", "")

@@ -1,0 +1,104 @@
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+
+from moescope.cli import commands, main
+from moescope.runs import Run
+
+SMALL = ["--max-tokens", "12000", "--tokens", "4096"]
+ALIGN = ["--source", "1", "--target", "2", "--source-experts", "0,1", "--target-experts", "0,1"]
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    assert main(["capture", "tiny", "--out", str(folder), *SMALL]) == 0
+    return folder
+
+
+def test_inspect_shows_every_layer_and_its_conformance(capsys):
+    assert main(["inspect", "tiny", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert [layer["layer"] for layer in shown["layers"]] == [0, 1, 2, 3, 4, 5]
+    assert all(layer["passed"] and layer["relative_error"] <= 1e-5 for layer in shown["layers"])
+    assert main(["inspect", "tiny"]) == 0
+    assert "qwen2_moe" in capsys.readouterr().out
+
+
+def test_analyses_run_from_the_command_line_and_a_report_follows(run_folder, capsys):
+    assert main(["routing", str(run_folder), "--permutations", "50", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert {"findings", "tables", "provenance"} <= shown.keys()
+    assert main(["align", str(run_folder), *ALIGN, "--protocol", "published"]) == 0
+    assert main(["report", str(run_folder)]) == 0
+    assert Run(run_folder).results() == ["align", "routing"]
+    assert (run_folder / "report.html").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", "tinny"], "tiny"),
+        (["inspect", "/no/such/folder"], "/no/such/folder"),
+        (["report", "/no/such/run"], "no"),
+        (["routing", "/no/such/run"], "capture"),
+        (["capture", "tiny", "--out", "unused", "--corpus", "wiki"], "DOMAIN=SOURCE"),
+        (["capture", "tiny", "--out", "unused", "--corpus", "wiki=missing.txt"], "missing.txt"),
+    ],
+)
+def test_a_bad_request_is_one_clear_line_and_not_zero(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("moescope: ")
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [["aling"], ["routing", "run", "--permutation", "3"]])
+def test_unknown_words_suggest_the_nearest(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    shown = capsys.readouterr()
+    assert {"aling": "align"}.get(arguments[0], "--permutations") in shown.out + shown.err
+
+
+def test_every_command_has_help(capsys):
+    for name in commands():
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+        assert name in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_align_killed_half_way_ends_as_if_undisturbed(run_folder, tmp_path):
+    disturbed, undisturbed = tmp_path / "disturbed", tmp_path / "undisturbed"
+    for folder in (disturbed, undisturbed):
+        shutil.copytree(run_folder / "capture", folder / "capture")
+    command = [sys.executable, "-m", "moescope", "align", str(disturbed), *ALIGN]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(disturbed.glob("results/align/*/expert-0.parquet")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, "ended before it could be killed"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert Run(disturbed).results() == []
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert main(["align", str(undisturbed), *ALIGN]) == 0
+    one, other = (Run(folder).result("align") for folder in (disturbed, undisturbed))
+    pd.testing.assert_frame_equal(one.table, other.table)
+    assert one.findings == other.findings
+    adapters = one.provenance["adapters"]
+    assert adapters == other.provenance["adapters"]
+    for path in (disturbed / adapters).glob("*.safetensors"):
+        assert path.read_bytes() == (undisturbed / adapters / path.name).read_bytes()

@@ -1,0 +1,64 @@
+import pytest
+
+import moescope
+from moescope.errors import CaptureError, OptionError
+from moescope.study import plan
+
+CONFIG = {
+    "packing": {"max_tokens": 8_000},
+    "capture": {"tokens": 2_048, "tokens_per_expert": 500},
+    "analyses": {"routing": {"permutations": 20}},
+}
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return moescope.load("tiny")
+
+
+def test_a_study_captures_what_is_needed_and_resumes(tiny, tmp_path, monkeypatch):
+    planned = plan(tiny, tmp_path, CONFIG)
+    assert dict(planned.steps) == {"capture": "to do", "routing": "to do"}
+    assert planned.record == ("routing",)
+    assert not any(tmp_path.iterdir())
+
+    run = moescope.study(tiny, tmp_path, CONFIG)
+    assert run.results() == ["routing"]
+    capture = moescope.Capture(run)
+    assert capture.recorded == ["routing"]
+    assert dict(plan(tiny, tmp_path, CONFIG).steps) == {"capture": "done", "routing": "done"}
+    used = sum(path.stat().st_size for path in run.capture_folder.iterdir())
+    assert used <= 1.2 * planned.disk_bytes
+
+    before = (run.results_folder / "routing.json").stat().st_mtime_ns
+    moescope.study(tiny, tmp_path, CONFIG)
+    assert (run.results_folder / "routing.json").stat().st_mtime_ns == before
+    other = CONFIG | {"analyses": {"routing": {"permutations": 21}}}
+    moescope.study(tiny, tmp_path, other)
+    assert (run.results_folder / "routing.json").stat().st_mtime_ns > before
+
+
+def test_the_union_of_needs_is_recorded(tiny, tmp_path):
+    config = CONFIG | {"analyses": {"routing": {}, "align": {"source": 1, "target": 2}}}
+    assert plan(tiny, tmp_path, config).record == ("inputs", "routing")
+
+
+def test_a_capture_of_another_text_is_not_replaced(tiny, tmp_path):
+    moescope.study(tiny, tmp_path, CONFIG)
+    with pytest.raises(CaptureError, match="max_tokens"):
+        moescope.study(tiny, tmp_path, CONFIG | {"packing": {"max_tokens": 9_000}})
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"analysis": {}}, "Did you mean 'analyses'"),
+        ({"analyses": {"alin": {}}}, "Did you mean 'align'"),
+        ({"analyses": {"align": {"source": 1}}}, "lacks target"),
+        ({"capture": {"tokens": -1}}, "too small"),
+    ],
+)
+def test_a_bad_study_is_refused_before_anything_is_computed(tiny, tmp_path, config, message):
+    with pytest.raises(OptionError, match=message):
+        moescope.study(tiny, tmp_path, config)
+    assert not any(tmp_path.iterdir())
