@@ -1,7 +1,6 @@
 """What a fit finds: planted answers, controls, statuses, limits."""
 
 import math
-import time
 
 import pytest
 import torch
@@ -88,11 +87,20 @@ def test_numbers_belong_together(planted):
         assert not [name for name, value in result.row().items() if value != value]
 
 
-def test_the_same_seed_gives_the_same_numbers_in_any_chunks(planted):
+@pytest.fixture
+def one_thread():
+    """Put the number of threads back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_the_same_seed_gives_the_same_numbers_in_any_chunks(planted, one_thread):
     source, x, targets, _ = planted
     train, held_out = samples(source, x)
     rows = []
-    for size in (1, 2**22, 2**30):
+    for size, threads in ((1, 1), (2**22, 2), (2**30, 1)):
+        torch.set_num_threads(threads)
         options = FitOptions(solver=SolverOptions(steps=60, chunk_bytes=size), seed=7)
         found = fit_pairs(train, held_out, targets, source=source, options=options)
         rows.append({name: r.row() for name, r in found.items()})
@@ -145,14 +153,12 @@ def test_budget_is_kept():
     source = expert(64, 96, seed=1)
     train, held_out = samples(source, normalised(1_000, 64))
     long = SolverOptions(steps=1_000_000, patience=1_000_000)
-    began = time.monotonic()
     result = fit(
-        train, held_out, expert(64, 96, seed=3), source=source, budget_seconds=2.0, solver=long
+        train, held_out, expert(64, 96, seed=3), source=source, budget_seconds=1.0, solver=long
     )
-    # Choosing starts and evaluating is outside the budget.
-    assert time.monotonic() - began < 6
     assert 0 < result.steps < 100_000
-    assert result.curve[-1].seconds < 2.2
+    # One step over it at most, and all fits of the call share it.
+    assert result.curve[-1].seconds < 1.3
     assert math.isfinite(result.fvu)
 
 

@@ -52,7 +52,10 @@ def test_the_planted_relation_is_found_and_no_other(planted):
         scores = table.loc[source].score
         assert scores.idxmax() == source + 1
         assert table.loc[(source, source + 1), "score_low"] > 0.5
-        assert table.loc[(source, source + 1), "fvu"] < 0.5 * table.loc[source].fvu.drop(source + 1).min()
+        assert (
+            table.loc[(source, source + 1), "fvu"]
+            < 0.5 * table.loc[source].fvu.drop(source + 1).min()
+        )
 
 
 def test_every_promised_column_is_there_and_saved(planted):

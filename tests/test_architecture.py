@@ -14,8 +14,10 @@ MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 
 # A room may import itself and rooms further down.
 ORDER = [
-    {"cli", "__main__"},
-    {"study", "demo"},
+    {"__main__"},
+    {"cli"},
+    {"demo"},
+    {"scheduler"},
     {"reports", "analyses"},
     {"alignment", "captures"},
     {"models", "corpora"},
@@ -94,6 +96,11 @@ def test_every_public_name_loads():
     for name in moescope.__all__:
         assert getattr(moescope, name) is not None
     assert set(moescope._HOMES) == set(moescope.__all__) - {"__version__"}
+
+
+def test_no_module_hides_a_public_name():
+    modules = {room_of(module) for module in MODULES}
+    assert modules.isdisjoint(moescope.__all__)
 
 
 def test_an_unknown_public_name_is_an_attribute_error():

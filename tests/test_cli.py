@@ -11,7 +11,7 @@ import pytest
 from moescope.cli import commands, main
 from moescope.runs import Run
 
-SMALL = ["--max-tokens", "12000", "--tokens", "4096"]
+SMALL = ["--packing.max-tokens", "12000", "--tokens", "4096"]
 ALIGN = ["--source", "1", "--target", "2", "--source-experts", "0,1", "--target-experts", "0,1"]
 
 
@@ -52,7 +52,9 @@ def test_analyses_run_from_the_command_line_and_a_report_follows(run_folder, cap
         (["capture", "tiny", "--out", "unused", "--corpus", "wiki=missing.txt"], "missing.txt"),
     ],
 )
-def test_a_bad_request_is_one_clear_line_and_not_zero(arguments, message, capsys, tmp_path, monkeypatch):
+def test_a_bad_request_is_one_clear_line_and_not_zero(
+    arguments, message, capsys, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 1
     captured = capsys.readouterr()

@@ -230,6 +230,15 @@ def test_alignment_without_any_number():
     assert [figure.name for figure in drawn] == ["align-score", "align-controls"]
 
 
+def test_alignment_in_which_every_pair_has_its_numbers():
+    whole = align_result()
+    pairs = whole.table[whole.table["fvu"].notna()].reset_index(drop=True)
+    result = Result(name="align", tables={**whole.tables, "align": pairs})
+    (controls,) = [f for f in chapter("align").draw(result) if f.name == "align-controls"]
+    for rows in controls.specification()["datasets"].values():
+        assert all(row.get("pair", "") is not None for row in rows)
+
+
 @pytest.mark.slow
 def test_many_experts_and_layer_pairs_stay_readable(tmp_path):
     routing = routing_result(layers=3, experts=64, top_k=6)

@@ -2,7 +2,7 @@ import pytest
 
 import moescope
 from moescope.errors import CaptureError, OptionError
-from moescope.study import plan
+from moescope.scheduler import plan
 
 CONFIG = {
     "packing": {"max_tokens": 8_000},

@@ -78,6 +78,10 @@ def divergence_rows(model: moescope.MoEModel) -> list[str]:
     return rows
 
 
+def last_step(log: Path) -> str:
+    return [line for line in log.read_text("utf-8").splitlines() if line.startswith("step")][-1]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True)
@@ -87,7 +91,7 @@ def main() -> None:
     tables = {
         "LOSSES": loss_table(work, model),
         "DIVERGENCES": divergence_rows(model),
-        "LOG": ["```", *(work / "train.log").read_text("utf-8").splitlines()[-1:], "```"],
+        "LOG": ["```", last_step(work / "train.log"), "```"],
     }
     for name, rows in tables.items():
         template = template.replace(f"@{name}@", "\n".join(rows))

@@ -20,7 +20,9 @@ LONGEST_HELD_OUT_CHARACTERS = 5_000
 CODE_CHARACTERS = 2_500_000
 BUILTIN = Path(__file__).parents[2] / "src/moescope/corpora/builtin"
 
-FRENCH = frozenset("le la les des une est et dans pour que qui sur avec par ce cette sont du".split())
+FRENCH = frozenset(
+    "le la les des une est et dans pour que qui sur avec par ce cette sont du".split()
+)
 ENGLISH = frozenset("the of and to is in that for with this are be on it by as can from".split())
 NOT_CODE = frozenset(
     "test tests site-packages idlelib lib2to3 turtledemo encodings pydoc_data ensurepip".split()

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from moescope.models.view import MoELayer, MoEModel, Routing
     from moescope.reports.write import report
     from moescope.runs import Result, Run
-    from moescope.study import study
+    from moescope.scheduler import study
 
 __version__ = "0.1.0"
 
@@ -48,7 +48,7 @@ _HOMES = {
     "load": "models.load",
     "report": "reports.write",
     "routing": "analyses.routing",
-    "study": "study",
+    "study": "scheduler",
 }
 
 __all__ = [

@@ -22,7 +22,7 @@ from moescope.models.inspection import inspect
 from moescope.models.load import load
 from moescope.reports.write import report
 from moescope.runs import Result, to_json
-from moescope.study import StudyConfig, open_corpus, plan, study
+from moescope.scheduler import StudyConfig, open_corpus, plan, study
 
 Json = Annotated[bool, tyro.conf.arg(name="json", help="Print JSON for scripts.")]
 CorpusArguments = Annotated[
@@ -127,7 +127,7 @@ def capture_command(
     model: Positional[str],
     out: Path,
     corpus: CorpusArguments = (),
-    packing: OmitArgPrefixes[Packing] = Packing(),  # noqa: B008
+    packing: Packing = Packing(),  # noqa: B008
     options: OmitArgPrefixes[CaptureOptions] = CaptureOptions(),  # noqa: B008
     revision: str | None = None,
     as_json: Json = False,

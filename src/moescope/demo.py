@@ -8,7 +8,7 @@ from moescope.errors import OptionError
 from moescope.models.load import load
 from moescope.reports.write import report
 from moescope.runs import Run
-from moescope.study import study
+from moescope.scheduler import study
 
 MODEL = "tiny"
 CONFIG = {

@@ -62,7 +62,7 @@ def write_text(path: Path, text: str) -> None:
 
 def to_json(value: object) -> str:
     """Sorted, indented JSON; NaN and infinity become null."""
-    return json.dumps(_plain(value), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return json.dumps(plain(value), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -82,12 +82,12 @@ def read_json(path: Path) -> Any:
         raise MoEScopeError(f"cannot read {path}", got=error) from error
 
 
-def _plain(value: object) -> object:
+def plain(value: object) -> object:
     """Reduce paths, numpy scalars, tuples and non-finite numbers to what JSON can say."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, Path):
         return str(value)
     if hasattr(value, "item") and not isinstance(value, str):

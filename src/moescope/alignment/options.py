@@ -21,7 +21,7 @@ RANDOM_SEEDS = 5
 class SolverOptions:
     """The converged protocol, in numbers."""
 
-    steps: int = 400
+    steps: int = 300
     """Most optimiser steps of a fit."""
     batch_tokens: int = 192
     """Tokens per step."""

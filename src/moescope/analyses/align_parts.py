@@ -43,7 +43,7 @@ class Part:
             layers = {"source_layer": source_layer, "target_layer": target_layer}
             rows.append(layers | pair | fit.row())
             for kind, curve in (("pair", fit.curve), ("self", fit.self_curve)):
-                curves += [pair | {"kind": kind} | vars(point) for point in curve]
+                curves += [pair | {"kind": kind} | point._asdict() for point in curve]
             if fit.adapter is not None:
                 name = f"L{source_layer}E{expert}-to-L{target_layer}E{target}"
                 adapters[name] = fit.adapter

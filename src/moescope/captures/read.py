@@ -50,6 +50,11 @@ class Capture:
         if sum(entry["tokens"] for entry in self._shards("tokens")) != self.num_tokens:
             raise CaptureError(f"{self.folder / MANIFEST} was altered: its tokens do not add up")
 
+    @staticmethod
+    def exists(run: str | os.PathLike[str]) -> bool:
+        """Whether a run folder holds a complete capture."""
+        return (Run(run).capture_folder / MANIFEST).exists()
+
     @property
     def layers(self) -> list[int]:
         """The model's own numbers of the recorded layers, ascending."""

@@ -62,7 +62,8 @@ class Adapter:
     def save(self, path: str | PathLike[str]) -> None:
         """Write one safetensors file, atomically."""
         tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in _TENSORS}
-        metadata = {"format": FORMAT, "eps": json.dumps(self.eps)}
+        # One key only: several are written in an order that changes from run to run.
+        metadata = {FORMAT: json.dumps({"eps": self.eps})}
         write_atomically(Path(path), lambda temporary: save_file(tensors, temporary, metadata))
 
     @classmethod
@@ -75,11 +76,11 @@ class Adapter:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
+                if FORMAT not in metadata:
                     raise AlignmentError(
-                        f"{path} is not an adapter", got=metadata.get("format"), expected=FORMAT
+                        f"{path} is not an adapter", got=list(metadata), expected=FORMAT
                     )
                 tensors = {name: file.get_tensor(name) for name in _TENSORS}
         except (OSError, SafetensorError) as error:
             raise AlignmentError(f"cannot read the adapter {path}", got=error) from error
-        return cls(**tensors, eps=json.loads(metadata["eps"]))
+        return cls(**tensors, **json.loads(metadata[FORMAT]))

@@ -22,7 +22,7 @@ import vl_convert
 
 from moescope.reports.registry import Chapter, Figure
 from moescope.reports.tables import meanings_html, size_in_words, table_html
-from moescope.runs import Result
+from moescope.runs import Result, plain
 
 VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
 """Version of the grammar that Altair writes, as vl-convert names it."""
@@ -88,8 +88,8 @@ def _policy(scripts: Sequence[str]) -> str:
 
 
 def _embedded(value: object) -> str:
-    """JSON that may stand inside a script element."""
-    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    """JSON that may stand inside a script element; missing numbers become null."""
+    text = json.dumps(plain(value), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 

@@ -37,9 +37,9 @@ def controls(pairs: pd.DataFrame) -> Figure:
     bars = base.mark_rule(strokeWidth=2, opacity=0.7, tooltip=None)
     points = base.mark_point(filled=True, size=58, opacity=1)
     mean = alt.Chart(pd.DataFrame({"value": [1.0]})).mark_rule(style="reference", tooltip=None)
-    note = alt.Chart(
-        shown[shown["fvu"].isna()].assign(value=0.0, reason=shown["status"].str.replace("_", " "))
-    )
+    missing = shown.loc[shown["fvu"].isna(), ["pair", "status"]]
+    reasons = missing.assign(value=0.0, reason=missing["status"].str.replace("_", " "))
+    note = alt.Chart(reasons)
     chart = alt.layer(
         mean.encode(x),
         bars.encode(_fvu_axis("low:Q", top), alt.X2("high:Q"), y, colour),
