@@ -20,7 +20,7 @@ from moescope.alignment.controls import (
     same_output_space,
 )
 from moescope.alignment.fit import fit
-from moescope.alignment.published import train_as_published
+from moescope.alignment.published import initial_adapter, train_as_published
 from moescope.alignment.randomness import generator
 from moescope.alignment.samples import Samples
 from moescope.alignment.score import Errors, score_of
@@ -234,3 +234,14 @@ def test_the_schedule_follows_steps_or_time_whichever_is_further():
     assert Clock(100, None).share(25) == 0.25
     assert Clock(100, 1e-9).share(0) == 1.0
     assert Clock(100, 1e9).share(100) == 1.0
+
+
+def test_the_published_start_is_that_of_a_linear_layer_and_leaves_the_global_state_alone():
+    before = torch.get_rng_state()
+    weight, bias = initial_adapter(24, seed=7)
+    assert torch.equal(torch.get_rng_state(), before)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        layer = torch.nn.Linear(24, 24)
+    assert torch.equal(weight, layer.weight)
+    assert torch.equal(bias, layer.bias)

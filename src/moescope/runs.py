@@ -172,12 +172,12 @@ class Result:
 
     def _repr_html_(self) -> str:
         items = "".join(f"<li>{html.escape(finding.text)}</li>" for finding in self.findings)
-        table = self.table.to_html(index=False, max_rows=20, float_format="%.4g")
+        table = self.table.to_html(index=False, max_rows=20, float_format="{:.4g}".format)
         return f"<h3>{html.escape(self.name)}</h3><ul>{items}</ul>{table}"
 
     def __str__(self) -> str:
         lines = [f"- {finding.text}" for finding in self.findings]
-        table = self.table.to_string(index=False, max_rows=40, float_format="%.4g")
+        table = self.table.to_string(index=False, max_rows=40, float_format="{:.4g}".format)
         return "\n".join([*lines, "", table])
 
 

@@ -16,7 +16,7 @@ from moescope.captures.options import CaptureOptions
 from moescope.captures.read import Capture
 from moescope.captures.record import capture
 from moescope.captures.registry import RECORDABLE, BlockTensor, recordable
-from moescope.captures.shards import SHARD_BYTES
+from moescope.captures.shards import SHARD_BYTES, SPILL_BYTES
 from moescope.config import build
 from moescope.corpora.corpus import Corpus
 from moescope.corpora.packing import Batch, Packing
@@ -136,7 +136,7 @@ def plan(
         tokens=tokens,
         seconds=_seconds_per_row(model, batches) * rows * CAPTURE_OVERHEAD,
         disk_bytes=_disk_bytes(model, options, tokens),
-        memory_bytes=model.model.get_memory_footprint() + SHARD_BYTES,
+        memory_bytes=_weight_bytes(model) + 2 * (SHARD_BYTES + SPILL_BYTES),
     )
 
 
@@ -177,6 +177,10 @@ def _seconds_per_row(model: MoEModel, batches: list[Batch]) -> float:
             )
         seconds.append((time.perf_counter() - start) / len(batch.input_ids))
     return min(seconds[1:] or seconds)
+
+
+def _weight_bytes(model: MoEModel) -> int:
+    return sum(weights.numel() * weights.element_size() for weights in model.model.parameters())
 
 
 def _disk_bytes(model: MoEModel, options: CaptureOptions, tokens: int) -> int:

@@ -19,12 +19,12 @@ TOKENS = 5_000
 def initial_adapter(hidden: int, seed: int) -> tuple[Tensor, Tensor]:
     """Weight and bias of `nn.Linear(hidden, hidden)` right after `torch.manual_seed(seed)`.
 
-    The global random state stays as it was.
+    The global random state is not touched: fits run in several threads.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        layer = nn.Linear(hidden, hidden)
-    return layer.weight.detach(), layer.bias.detach()
+    random = torch.Generator().manual_seed(seed)
+    weight = nn.init.kaiming_uniform_(torch.empty(hidden, hidden), a=5**0.5, generator=random)
+    bound = hidden**-0.5
+    return weight, torch.empty(hidden).uniform_(-bound, bound, generator=random)
 
 
 def train_as_published(
