@@ -231,6 +231,8 @@ def test_an_empty_domain_is_named(tmp_path):
         batches(corpus, byte_tokenizer())
     with pytest.raises(CorpusError, match="at least one domain"):
         Corpus.from_sources({})
+    with pytest.raises(CorpusError, match="no domain may be called 'all'"):
+        Corpus.from_sources({"all": "builtin:maths"})
 
 
 def test_text_without_a_tokenizer_is_refused():

@@ -57,7 +57,7 @@ def _ceiling(scored: pd.DataFrame) -> Finding:
     settled = int(scored.converged.sum())
     text = (
         f"Where there is an answer by construction, the solver leaves a held-out FVU of "
-        f"{scored.fvu_self.min():.2f} to {scored.fvu_self.max():.2f}; {settled} of "
+        f"{scored.fvu_self.min():.3f} to {scored.fvu_self.max():.3f}; {settled} of "
         f"{len(scored)} fits had settled when they stopped."
     )
     return Finding(text=text, numbers={"settled": settled})

@@ -10,12 +10,11 @@ from numpy import ndarray as Array
 from moescope.analyses.material import Material
 from moescope.analyses.registry import analysis
 from moescope.captures.read import Capture
+from moescope.corpora.corpus import RESERVED_DOMAIN
 from moescope.measures import routing as measures
 from moescope.measures.bootstrap import FEWEST_UNITS, ratio_interval
 from moescope.progress import track
 from moescope.runs import Finding, Result
-
-ALL = "all"  # every domain together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +104,7 @@ def share_table(
     """Share of tokens that have each expert in their top-k, with 95% intervals over documents."""
     frames = []
     for part in layers:
-        for number, domain in enumerate([ALL, *domains], start=-1):
+        for number, domain in enumerate([RESERVED_DOMAIN, *domains], start=-1):
             chosen = (tokens > 0) & ((number < 0) | (domain_of_document == number))
             counts, total = part.counts[chosen], tokens[chosen]
             low, high = ratio_interval(

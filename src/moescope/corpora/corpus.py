@@ -15,6 +15,8 @@ from moescope.corpora.sources import BUILTIN_DOMAINS, Source, parse
 from moescope.corpora.tokens import SpecialTokens, Tokenizer, tokenize
 from moescope.errors import CorpusError
 
+RESERVED_DOMAIN = "all"
+"""In tables: every domain together."""
 _DEFAULT = Packing()
 
 
@@ -30,6 +32,11 @@ class Corpus:
     def __init__(self, sources: Mapping[str, Source], packing: Packing = _DEFAULT) -> None:
         if not sources:
             raise CorpusError("a corpus needs at least one domain")
+        if RESERVED_DOMAIN in sources:
+            raise CorpusError(
+                f"no domain may be called {RESERVED_DOMAIN!r}: tables use it for all together",
+                remedy="Give it another name",
+            )
         self._sources = dict(sources)
         self.packing = packing
 
