@@ -2,9 +2,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from models_zoo import build
 
 import moescope
+from models_zoo import build
 from moescope.corpora.packing import Packing
 from moescope.errors import CaptureError, OptionError
 
