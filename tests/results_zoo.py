@@ -106,7 +106,8 @@ def _divergence_table(random, probability, domains):
                 found = (js, null, 2 * null, js - null, p_value, 5000, 30)
                 rows.append((layer, first, domains[b], *found))
     columns = ["layer", "domain_a", "domain_b", "js_bits", "null_mean", "null_p95", "excess"]
-    return pd.DataFrame(rows, columns=[*columns, "p_value", "n_tokens", "n_documents"])
+    frame = pd.DataFrame(rows, columns=[*columns, "p_value", "n_tokens", "n_documents"])
+    return frame.assign(p_corrected=(frame["p_value"] * len(frame)).clip(upper=1))
 
 
 def align_result(

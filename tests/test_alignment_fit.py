@@ -53,6 +53,9 @@ def test_the_planted_target_is_found_and_is_the_best(planted):
     assert found["same"].score_low > 0.5
     assert found["same"].status == "ok"
     assert found["same"].fvu_self < 0.05
+    assert found["same"].converged
+    assert found["same"].row()["self_converged"]
+    assert not found["same"].constant_kept
 
 
 def test_strangers_stay_within_the_null(planted):
@@ -75,7 +78,8 @@ def test_numbers_belong_together(planted):
         assert result.mse_mean == pytest.approx(result.mse_sum / 16)
         assert result.fvu_floor <= result.fvu + 1e-6
         assert result.fvu_low <= result.fvu <= result.fvu_high
-        null = min(result.fvu_random, result.fvu_linear, 1)
+        random = min(result.fvu_random_down, result.fvu_random_all)
+        null = min(random, result.fvu_linear, 1)
         score = (null - result.fvu) / (null - result.fvu_self)
         assert result.score == pytest.approx(score, rel=1e-6)
         assert result.score_low <= result.score <= result.score_high
@@ -134,6 +138,9 @@ def test_never_above_the_constant_adapter():
     last = everything.documents >= 40
     result = fit(everything.where(~last), everything.where(last), expert(seed=3), controls=False)
     assert result.fvu <= result.fvu_constant + 1e-6
+    assert result.row()["constant_kept"]
+    assert result.steps > 0
+    assert not result.converged
     assert result.status == "no_controls"
 
 
@@ -160,6 +167,28 @@ def test_budget_is_kept():
     # One step over it at most, and all fits of the call share it.
     assert result.curve[-1].seconds < 1.3
     assert math.isfinite(result.fvu)
+
+
+def test_nothing_has_converged_without_a_step():
+    source = expert(seed=1)
+    train, held_out = samples(source, normalised(600))
+    result = fit(train, held_out, expert(seed=3), source=source, budget_seconds=1e-9)
+    assert result.steps == 0
+    assert not result.converged
+    assert not result.self_converged
+    assert math.isfinite(result.fvu)
+    unlimited = fit(train, held_out, expert(seed=3), controls=False, solver=QUICK)
+    assert not unlimited.self_converged  # there is none
+
+
+def test_too_few_target_inputs_are_as_good_as_none():
+    source, target = expert(seed=1), expert(seed=3)
+    train, held_out = samples(source, normalised(600))
+    rows = [
+        fit(train, held_out, target, source=source, target_inputs=inputs, solver=QUICK).row()
+        for inputs in (None, normalised(1), normalised(63), normalised(64))
+    ]
+    assert rows[0] == rows[1] == rows[2] != rows[3]
 
 
 def test_three_tokens():

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from alignment_zoo import documents, expert, normalised, samples
+from moescope.alignment import score
 from moescope.alignment.constant import constant_adapters
 from moescope.alignment.controls import (
     all_random,
@@ -178,6 +179,30 @@ def test_split_keeps_documents_whole():
     assert len(one.split(0.2, generator(0, "split"))[1]) == 20
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [[5_000, 50, 50], [5_000, 1], [300, 300], [100] * 7 + [900], [40, 60, 90, 150, 700], [3, 2]],
+)
+def test_split_never_sets_a_giant_document_aside(sizes):
+    of = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    numbered = torch.arange(len(of))[:, None].float()
+    for seed in range(50):
+        rest, aside = Samples(numbered, numbered, of).split(0.2, generator(seed, "split"))
+        wanted = max(1, round(0.2 * len(of)))
+        assert wanted / 2 <= len(aside) <= 2 * wanted
+        assert len(rest) >= len(of) / 2
+        tokens = torch.cat([rest.inputs, aside.inputs])[:, 0]
+        assert torch.equal(tokens.sort().values, numbered[:, 0])
+
+
+def test_split_takes_small_documents_whole_before_tokens_of_a_giant():
+    of = torch.repeat_interleave(torch.arange(3), torch.tensor([5_000, 50, 50]))
+    everything = Samples(normalised(5_100), normalised(5_100), of)
+    rest, aside = everything.split(0.2, generator(0, "split"))
+    assert rest.documents.unique().tolist() == [0]
+    assert aside.documents.bincount().tolist() == [920, 50, 50]
+
+
 def test_stack_equals_each_expert():
     plain = ExpertWeights(None, torch.randn(5, 16), torch.randn(16, 5), "gelu")
     experts = [expert(seed=1), plain, expert(seed=2), expert(16, 8)]
@@ -202,7 +227,7 @@ def errors(*, pair, linear, ceiling, random, number=40):
 
 
 def test_score_by_hand():
-    even = [[0.7] * 5, [0.9] * 5]  # mean 0.8
+    even = [[0.8] * 5, [0.9] * 5]  # the first kind is the stronger one
     above = score_of(errors(pair=0.4, linear=0.9, ceiling=0.2, random=even), 0)
     assert above.value == pytest.approx((0.8 - 0.4) / (0.8 - 0.2))
     assert above.low < above.value < above.high
@@ -213,7 +238,7 @@ def test_score_by_hand():
 
 
 def test_score_interval_holds_the_spread_of_the_random_targets():
-    uneven = [[0.5, 0.6, 0.7, 0.8, 0.9], [0.7, 0.8, 0.9, 1.0, 1.1]]
+    uneven = [[0.6, 0.7, 0.8, 0.9, 1.0], [0.7, 0.8, 0.9, 1.0, 1.1]]
     narrow, wide = (
         score_of(errors(pair=0.4, linear=2.0, ceiling=0.2, random=random), 0)
         for random in ([[0.8] * 5] * 2, uneven)
@@ -222,9 +247,62 @@ def test_score_interval_holds_the_spread_of_the_random_targets():
     assert wide.high - wide.low > 2 * (narrow.high - narrow.low)
 
 
+def exchangeable(seed, *, second_kind=0.0, better=0.0, linear=2.0, noise=0.15):
+    """A pair that is one more random target of the first kind, but for being `better`."""
+    g = np.random.default_rng(seed)
+    levels = 0.7 + 0.03 * g.standard_normal((2, 5)) + [[0.0], [second_kind]]
+    pair = 0.7 + 0.03 * g.standard_normal() - better
+    total = g.lognormal(0, 0.3, 60)
+
+    def errors_at(level):
+        return total * level * (1 + noise * g.standard_normal(60))
+
+    return Errors(
+        total=total,
+        pair=errors_at(pair),
+        linear=total * linear,
+        ceiling=errors_at(0.2),
+        random=np.array([[errors_at(level) for level in kind] for kind in levels]),
+    )
+
+
+def share_found(monkeypatch, number, **settings):
+    """Share of simulated data sets with a score above zero beyond doubt."""
+    monkeypatch.setattr(score, "_DRAWS", 400)
+    found = [score_of(exchangeable(seed, **settings), seed).low > 0 for seed in range(number)]
+    return np.mean(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("noise", [0.02, 0.15])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"second_kind": 0.1}, {"linear": 0.7}],
+    ids=["alike", "one kind worse", "linear map as good as they"],
+)
+def test_an_exchangeable_expert_in_the_place_of_the_pair_is_rarely_found(
+    monkeypatch, settings, noise
+):
+    assert share_found(monkeypatch, 1_000, noise=noise, **settings) <= 0.05
+
+
+@pytest.mark.slow
+def test_a_better_pair_is_found(monkeypatch):
+    """By eight standard deviations of the random targets: five seeds a kind find no less."""
+    assert share_found(monkeypatch, 300, better=0.25) > 0.85
+    assert share_found(monkeypatch, 300, better=0.25, second_kind=0.1) > 0.85
+
+
+def test_a_null_drawn_below_the_ceiling_does_not_turn_the_sign():
+    """A pair worse than a null of 0.15 is no evidence, though the ceiling is 0.2."""
+    totals = np.array([[1.0, 0.4, 2.0, 0.2, 0.15]])  # total, pair, linear, ceiling, random
+    shares = score._Shares.of(totals, 1)
+    assert shares.score(shares.random.mean(2))[0] == pytest.approx(-0.25 / 0.05)
+
+
 def test_no_score_where_null_and_ceiling_meet():
-    score = score_of(errors(pair=0.4, linear=0.24, ceiling=0.2, random=[[0.8] * 5] * 2), 0)
-    assert math.isnan(score.value)
+    near = score_of(errors(pair=0.4, linear=0.24, ceiling=0.2, random=[[0.8] * 5] * 2), 0)
+    assert math.isnan(near.value)
     few = score_of(errors(pair=0.4, linear=0.5, ceiling=0.2, random=[[0.8] * 5] * 2, number=29), 0)
     assert math.isfinite(few.value)
     assert math.isnan(few.low)

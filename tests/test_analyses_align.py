@@ -16,7 +16,7 @@ def planted(tmp_path_factory):
     f_{1,e+1}(x) = f_{0,e}(R_e x) with a hidden rotation R_e that keeps the mean of a vector, which
     LayerNorm removes.
     """
-    model = build("mixtral")
+    model = build("mixtral", intermediate_size=64)
     hidden, experts = model.config.hidden_size, model.config.num_local_experts
     random = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -109,6 +109,49 @@ def test_held_out_documents_do_not_train(planted):
     assert held_out.sum() == round(0.2 * len(capture.document_names))
     table = aligned(planted).table
     assert (table.n_documents == held_out.sum().item()).all()
+
+
+def test_other_libraries_mean_other_parts(planted, monkeypatch):
+    from moescope.analyses import align as module
+
+    before = aligned(planted).provenance["adapters"]
+    monkeypatch.setattr(module, "library_versions", lambda: {"torch": "99"})
+    assert aligned(planted, protocol="published").provenance["adapters"] != before
+    after = aligned(planted, controls=False).provenance["adapters"]
+    assert after != before
+    monkeypatch.undo()
+    assert aligned(planted).provenance["adapters"] == before
+
+
+def test_an_expert_that_gets_no_tokens_is_a_status(tmp_path):
+    model = build("mixtral")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.gate.weight[0] = 0
+            layer.mlp.gate.weight[1:] = layer.mlp.gate.weight[1:].abs()
+        model.model.embed_tokens.weight.abs_()
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.experts.down_proj.abs_().mul_(1e-3)
+    loaded = moescope.load(model)
+    ids = np.random.default_rng(0).integers(3, 97, size=(60, 40)).tolist()
+    corpus = moescope.Corpus.from_token_ids({"a": ids, "b": ids[:1]}, Packing(length=40))
+    moescope.capture(loaded, corpus, tmp_path)
+    assert len(moescope.Capture(tmp_path).tokens_of(0, 0)) == 0
+    result = moescope.align(
+        tmp_path,
+        model=loaded,
+        source=0,
+        target=1,
+        source_experts=(0,),
+        target_experts=(0, 0, 1),
+        protocol="published",
+        controls=False,
+    )
+    assert result.table.target_expert.tolist() == [0, 1]
+    assert (result.table.status == "too_few_tokens").all()
+    assert "too_few_tokens" in result.findings[0].text
+    assert "nothing about b" in result.findings[-1].text
 
 
 def test_bad_requests_are_refused(planted):

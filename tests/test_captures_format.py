@@ -156,7 +156,7 @@ def test_wide_tensors(folder):
         "layer.5.tokens": ("I64", [2], [0, 1]),
         "layer.5.inputs": ("F32", [2, 2], [2, -2, 3, -3]),
     }
-    # Both experts have one token in the whole row and want one more: both others.
+    # Both experts want two tokens and have two: one each in the whole row, the others are here.
     assert parsed(folder / "sample-005-00000.safetensors") == {
         "layer.5.tokens": ("I64", [2], [2, 3]),
         "layer.5.inputs": ("F32", [2, 2], [5, -5, 6, -6]),
@@ -170,7 +170,10 @@ def test_manifest(folder):
     assert set(libraries) == {"moescope", "torch", "transformers", "numpy", "scipy", "pandas"}
     assert len(manifest["model"].pop("fingerprint")) == 64
     sources = manifest["corpus"].pop("sources")
-    assert all(spec.startswith("token ids, sha256 ") for spec in sources.values())
+    assert sources == {
+        "é": {"source": "token ids", "sha256": hashlib.sha256(b"[[1, 2, 3]]").hexdigest()},
+        "b": {"source": "token ids", "sha256": hashlib.sha256(b"[[4, 5], [6, 7]]").hexdigest()},
+    }
     shards = manifest.pop("shards")
     assert manifest == {
         "schema": 1,

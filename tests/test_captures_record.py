@@ -3,10 +3,12 @@ import torch
 
 import captures_zoo as zoo
 import models_zoo
-from moescope.captures import recorder
+from moescope.captures import read, recorder
 from moescope.captures.partial import PARTIAL
 from moescope.captures.read import Capture
 from moescope.captures.registry import RECORDABLE, BlockTensor, register, token_loss
+from moescope.captures.sampling import expert_keys, priorities
+from moescope.captures.shards import read_tensor
 from moescope.corpora.corpus import Corpus
 from moescope.corpora.packing import Packing
 from moescope.errors import CaptureError, OptionError
@@ -84,7 +86,16 @@ def test_wide_tensors_are_those_of_their_tokens(done, expected, name):
         )
 
 
-def test_the_sample_has_whole_rows_first_and_then_each_experts_share(done):
+def by_brute_force(done, layer, expert):
+    """The definition: of all tokens routed to an expert those with the lowest numbers."""
+    routed = done.tokens_of(layer, expert)
+    key = expert_keys(done.seed, layer, expert + 1)[-1:]
+    numbers = priorities(key, torch.zeros(len(routed), 1, dtype=torch.int64), routed)[:, 0]
+    wanted = done.manifest["options"]["tokens_per_expert"]
+    return routed[numbers.argsort()[:wanted]].sort().values
+
+
+def test_the_sample_is_the_whole_rows_and_each_experts_share_of_all_its_tokens(done):
     counts = done.rows.bincount()
     whole = counts[counts.cumsum(0) - counts < 60].sum()
     assert done.manifest["num_whole_row_tokens"] == int(whole) == 66
@@ -93,14 +104,54 @@ def test_the_sample_has_whole_rows_first_and_then_each_experts_share(done):
         assert recorded[:whole].tolist() == list(range(whole))
         everything = set()
         for expert in range(models_zoo.NUM_EXPERTS):
-            routed, own = done.tokens_of(layer, expert), done.expert_inputs(layer, expert)
-            assert torch.isin(own.tokens, routed).all()
-            assert torch.equal(own.tokens, own.tokens.unique())
-            first = routed[routed < whole]
-            assert torch.isin(first, own.tokens).all()
-            assert len(own.tokens) == max(len(first), min(45, len(routed)))
+            own = done.expert_inputs(layer, expert)
+            assert torch.equal(own.tokens, by_brute_force(done, layer, expert))
+            places = torch.searchsorted(recorded, own.tokens)
+            assert torch.equal(own.values, done.inputs(layer).values[places])
             everything |= set(own.tokens.tolist())
         assert everything | set(range(whole)) == set(recorded.tolist())
+
+
+def test_an_experts_sample_is_uniform_also_over_the_tokens_of_whole_rows(model, tmp_path):
+    """Over many seeds, whole rows have the share of a sample that they have of all tokens."""
+    found = expected = variance = 0.0
+    for seed in range(20):
+        recorded = zoo.record(
+            tmp_path / str(seed), model, seed=seed, record=("inputs",), tokens_per_expert=20
+        )
+        for expert, own in recorded.expert_samples(0, range(models_zoo.NUM_EXPERTS)).items():
+            routed = recorded.tokens_of(0, expert)
+            size, total, share = len(own.tokens), len(routed), float((routed < 66).double().mean())
+            found += int((own.tokens < 66).sum())
+            expected += size * share
+            variance += size * share * (1 - share) * (total - size) / (total - 1)
+    assert abs(found - expected) < 3.3 * variance**0.5  # 99.9%, hypergeometric
+    assert 3.3 * variance**0.5 < expected / 4
+
+
+def test_many_experts_cost_one_reading_of_each_tensor(done, monkeypatch):
+    one_by_one = {expert: done.expert_inputs(1, expert) for expert in (5, 0, 2)}
+    reads = []
+
+    def counted(folder, entry, name):
+        reads.append((entry["file"], name))
+        return read_tensor(folder, entry, name)
+
+    monkeypatch.setattr(read, "read_tensor", counted)
+    together = done.expert_samples(1, (5, 0, 2))
+    narrow, wide = [], []
+    for entry in done.manifest["shards"]:
+        if entry["kind"] == "tokens":
+            narrow.append((entry["file"], "layer.1.experts"))
+        elif 1 in entry["layers"]:
+            wide += [(entry["file"], f"layer.1.{name}") for name in ("tokens", "inputs")]
+    assert sorted(reads) == sorted(narrow + wide)
+    for expert, own in one_by_one.items():
+        assert torch.equal(together[expert].tokens, own.tokens)
+        assert torch.equal(together[expert].values, own.values)
+    reads.clear()
+    done.tokens_of(1, 3)
+    assert reads == narrow
 
 
 def test_tokens_of_an_expert_agree_with_the_routing(done):
@@ -173,6 +224,8 @@ def test_no_sample_is_said_so(model, tmp_path):
 def test_whole_rows_alone_and_reservoirs_alone(model, tmp_path):
     rows = zoo.record(tmp_path / "rows", model, tokens_per_expert=0)
     assert rows.inputs(0).tokens.tolist() == list(range(66))
+    with pytest.raises(CaptureError, match="no samples of experts.*tokens_per_expert above 0"):
+        rows.expert_inputs(0, 0)
     reservoirs = zoo.record(tmp_path / "reservoirs", model, tokens=0)
     for expert in range(models_zoo.NUM_EXPERTS):
         available = len(reservoirs.tokens_of(0, expert))

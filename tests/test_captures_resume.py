@@ -4,9 +4,11 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 
 import captures_zoo as zoo
 from moescope.captures import compact, record, recorder, shards
@@ -15,6 +17,16 @@ from moescope.captures.read import Capture
 from moescope.corpora.corpus import Corpus
 from moescope.corpora.packing import Packing
 from moescope.errors import CaptureError, MoEScopeError
+from moescope.models.load import load
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Last bits depend on the number of threads; the process that is killed has one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +197,7 @@ CHANGES = [
     ({"layers": (1,)}, "options.layers"),
     ({"dtype": "float16"}, "options.dtype: 'float32' in the folder, 'float16' asked for"),
     ({"the_corpus": zoo.corpus(rows=4)}, "corpus.packing.rows: 3 in the folder, 4 asked for"),
-    ({"the_corpus": zoo.corpus(seed=5)}, "corpus.sources.long"),
+    ({"the_corpus": zoo.corpus(seed=5)}, "corpus.sources.long.sha256"),
     ({"the_model": zoo.model(seed=1)}, "model.fingerprint"),
 ]
 
@@ -207,19 +219,41 @@ def test_other_options_are_refused_with_what_differs(model, tmp_path, monkeypatc
     assert zoo.contents(tmp_path) == before
 
 
+@pytest.mark.parametrize("complete", [True, False], ids=["complete", "unfinished"])
+def test_another_text_under_the_same_name_is_refused(tmp_path, monkeypatch, complete):
+    path, tiny = tmp_path / "text.jsonl", load("tiny")
+    texts = [f"{number} is a number, and so is {number + 1}." for number in range(9)]
+
+    def again():
+        path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+        corpus = Corpus.from_sources({"mine": f"{path}:text"}, Packing(length=12, rows=1))
+        zoo.record(tmp_path, tiny, corpus, record=("inputs",))
+
+    with monkeypatch.context() as patched:
+        if not complete:
+            interrupt(patched, Partial, "commit", 1, before_it_runs=False)
+        with nullcontext() if complete else pytest.raises(KeyboardInterrupt):
+            again()
+    texts[5] = texts[5].upper()
+    with pytest.raises(CaptureError, match=r"another text.*corpus\.sources\.mine\.sha256"):
+        again()
+    texts[5] = texts[5].lower()
+    again()
+
+
 @pytest.mark.parametrize("change", ["altered", "shortened"])
 def test_a_text_that_changed_meanwhile_is_noticed(model, tmp_path, monkeypatch, change):
     given = {"a": [[5 + n % 7] * 20 for n in range(30)]}
     corpus = Corpus.from_token_ids(given, Packing(length=12, rows=2))
+    monkeypatch.setattr(Corpus, "description", corpus.description)
     with monkeypatch.context() as patched:
         interrupt(patched, Partial, "commit", 2, before_it_runs=False)
         with pytest.raises(KeyboardInterrupt):
             zoo.record(tmp_path, model, corpus)
     if change == "altered":
-        given["a"][3][2] += 1  # the description was made before: nothing else tells
+        given["a"][3][2] += 1  # the description stays: nothing else tells
     else:
         del given["a"][2:]
-    monkeypatch.setattr(Corpus, "description", corpus.description)
     with pytest.raises(CaptureError, match="the corpus changed since"):
         zoo.record(tmp_path, model, corpus)
 

@@ -29,7 +29,7 @@ def test_priorities_are_uniform():
     assert distance < 1.95 / 100_000**0.5
 
 
-def brute_force(experts, whole, per_expert, keys):
+def brute_force(experts, per_expert, keys):
     """The sample by sorting all tokens of each expert."""
     numbers = priorities(keys, experts, torch.arange(len(experts)))
     chosen = set()
@@ -38,16 +38,13 @@ def brute_force(experts, whole, per_expert, keys):
             (int(numbers[token, slot]), token)
             for token, slot in (experts == expert).nonzero().tolist()
         ]
-        wanted = per_expert - sum(token < whole for _, token in routed)
-        later = sorted(pair for pair in routed if pair[1] >= whole)
-        chosen |= {token for _, token in later[: max(0, wanted)]}
+        chosen |= {token for _, token in sorted(routed)[:per_expert]}
     return sorted(chosen)
 
 
-def online(experts, whole, per_expert, keys, batch):
+def online(experts, per_expert, keys, batch):
     reservoirs = Reservoirs(keys, per_expert, CPU)
-    reservoirs.count_whole(experts[:whole])
-    for first in range(whole, len(experts), batch):
+    for first in range(0, len(experts), batch):
         part = experts[first : first + batch]
         accepted = reservoirs.candidates(part, first).nonzero()[:, 0]
         reservoirs.offer(first + accepted, part[accepted].to(torch.int16))
@@ -64,20 +61,16 @@ def random_experts(tokens, num_experts, top_k, seed):
 @settings(max_examples=60, deadline=None)
 @given(
     tokens=st.integers(0, 400),
-    whole=st.integers(0, 120),
     per_expert=st.integers(0, 60),
     batch=st.integers(1, 100),
     seed=st.integers(0, 2**62),
 )
-def test_the_sample_is_the_bottom_k_of_every_expert_in_any_batches(
-    tokens, whole, per_expert, batch, seed
-):
+def test_the_sample_is_the_bottom_k_of_every_expert_in_any_batches(tokens, per_expert, batch, seed):
     slack, sampling._SLACK = sampling._SLACK, 4  # lower thresholds all the time
     try:
         experts = random_experts(tokens, 6, 2, seed)
-        whole, keys = min(whole, tokens), expert_keys(seed, 3, 6)
-        expected = brute_force(experts, whole, per_expert, keys)
-        assert online(experts, whole, per_expert, keys, batch) == expected
+        keys = expert_keys(seed, 3, 6)
+        assert online(experts, per_expert, keys, batch) == brute_force(experts, per_expert, keys)
     finally:
         sampling._SLACK = slack
 
@@ -99,7 +92,7 @@ def test_a_sample_is_uniform_over_the_routed_tokens():
     experts = torch.zeros(1_000, 1, dtype=torch.int64)
     counts = torch.zeros(1_000)
     for seed in range(2_000):
-        counts[online(experts, 0, 100, expert_keys(seed, 0, 1), 1_000)] += 1
+        counts[online(experts, 100, expert_keys(seed, 0, 1), 1_000)] += 1
     # Each token is chosen 200 times of 2,000 in the mean; chi-square with 999 degrees of freedom.
     statistic = ((counts - 200) ** 2 / (2_000 * 0.1 * 0.9)).sum()
     assert 860 < statistic < 1_145  # 99.8%

@@ -250,6 +250,9 @@ def test_a_corpus_describes_itself_in_json():
     corpus = Corpus.from_token_ids({"a": [[1, 2]]})
     assert json.loads(json.dumps(corpus.description)) == corpus.description
     assert corpus.description != Corpus.from_token_ids({"a": [[1, 3]]}).description
+    builtin = Corpus.builtin().description["sources"]["maths"]
+    assert builtin["source"] == "builtin:maths"
+    assert len(builtin["sha256"]) == 64
     assert "builtin:maths" in repr(Corpus.builtin())
 
 

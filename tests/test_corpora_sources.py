@@ -1,6 +1,9 @@
 import json
+from hashlib import sha256
+from types import SimpleNamespace
 
 import pytest
+from huggingface_hub import HfApi
 
 from moescope.corpora import documents as documents_module
 from moescope.corpora import files
@@ -78,6 +81,42 @@ def test_hub_data_sets_stream_from_a_local_folder(tmp_path):
         documents(f"hf:{tmp_path}::train:questoin")
     with pytest.raises(CorpusError, match="cannot be read"):
         documents(f"hf:{tmp_path}::test:question")
+
+
+def test_the_identity_is_the_listing_of_sha256sum(tmp_path):
+    a, b = write(tmp_path / "a.txt", "one"), write(tmp_path / "b.txt", "two" * 100_000)
+
+    def listed(*paths):
+        lines = [f"{sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in paths]
+        return {"sha256": sha256("".join(lines).encode()).hexdigest()}
+
+    for unit in ("", ":lines", ":paragraphs"):
+        assert parse(f"{a}{unit}").identity() == listed(a)
+    assert parse(f"{tmp_path}/*.txt").identity() == listed(a, b)
+    assert parse(f"hf:{tmp_path}::train:text").identity() == listed(a, b)
+    for name, column in (("a.jsonl", "text"), ("a.csv", "body"), ("a.tsv", "body")):
+        path = write(tmp_path / name, "x")
+        assert parse(f"{path}:{column}").identity() == listed(path)
+    source = parse(str(a))
+    before = source.identity()
+    write(a, "One")
+    assert source.identity() != before
+    a.unlink()
+    with pytest.raises(CorpusError, match="cannot read"):
+        source.identity()
+
+
+def test_a_hub_data_set_is_known_by_its_commit_if_the_hub_answers(monkeypatch):
+    source = parse("hf:openai/gsm8k:main:train:question")
+    answer = SimpleNamespace(sha="abc")
+    monkeypatch.setattr(HfApi, "dataset_info", lambda *_, **__: answer)
+    assert source.identity() == {"revision": "abc"}
+
+    def silent(*_, **__):
+        raise TimeoutError
+
+    monkeypatch.setattr(HfApi, "dataset_info", silent)
+    assert source.identity() == {}
 
 
 def test_a_hub_source_names_id_config_split_and_column():

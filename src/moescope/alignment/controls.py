@@ -101,7 +101,7 @@ def linear_control(
     """Predictions on `x` of the best linear map, without any expert.
 
     Ridge, in fp64. The penalty is the best on the inner tokens among 17 from 1e-6 to 1e2 times the
-    mean variance of the inputs; the map is then fitted again on all training tokens.
+    mean variance of the inputs; the map is then fitted again on training and inner tokens together.
     """
     ridge = _Ridge(train)
     penalty = min(_PENALTIES, key=lambda p: _squared_error(ridge(inner.inputs, p), inner.outputs))

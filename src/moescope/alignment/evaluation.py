@@ -112,7 +112,7 @@ def result_of(
     seed: int,
 ) -> AlignmentResult:
     """Everything about one target; `seed` draws the documents of the intervals."""
-    fit = found.fits["pair", name]
+    fit, ceiling = found.fits["pair", name], found.fits.get(("self",))
     x, y = held.samples.inputs, held.samples.outputs
     error = found.errors["pair", name]
     low, high = fvu_interval(error, held.total, seed)
@@ -125,18 +125,20 @@ def result_of(
     return AlignmentResult(
         adapter=fit.adapter,
         curve=fit.curve,
-        self_curve=found.fits["self",].curve if ("self",) in found.fits else (),
+        self_curve=() if ceiling is None else ceiling.curve,
         n_documents=held.samples.num_documents,
         published_mse=found.published_mse[name],
         fvu=held.share(error),
         fvu_low=low,
         fvu_high=high,
-        fvu_constant=held.fvu(target(fit.constant(x))),
+        fvu_constant=held.fvu(target(fit.constant.expand_as(x))),
         fvu_identity=held.fvu(target(x)),
         fvu_linear=held.share(found.linear),
         fvu_floor=held.fvu(project_on_outputs(y, target)),
         steps=fit.steps,
         converged=fit.converged,
+        constant_kept=fit.constant_kept,
+        self_converged=ceiling is not None and ceiling.converged,
         **columns,
     )
 

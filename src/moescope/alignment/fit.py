@@ -33,7 +33,7 @@ def fit(
         target: The expert to put behind the adapter; frozen.
         source: The expert that made the outputs; without it there is no ceiling and no score.
         target_inputs: Inputs [tokens, hidden] of the target in its own layer, where known: they
-            give the fit its start.
+            give the fit its start. Under 64 tokens they are not used.
         protocol: "converged", or "published": the ten steps of the MoE Align study.
         controls: Whether random targets and hidden-rotation self are fitted too.
         budget_seconds: Wall time that training may take, controls included.

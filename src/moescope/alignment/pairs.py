@@ -47,7 +47,12 @@ def fit_pairs(
     All fits of the call run as one batch. Shared by all targets: the whitening, the linear map, the
     hidden-rotation self, and the random targets with three random matrices, whose norms are drawn
     from all targets of the call. The random targets with the true down projection are each
-    target's own. Random choices depend on seed, names and purpose alone, never on the batch.
+    target's own. The linear map is fitted on all training tokens, inner ones included; the fits
+    use the inner ones only to stop and to choose.
+
+    Random choices depend on seed, names and purpose alone, never on how the fits are batched. But
+    the norms of the all-random targets, and where their inputs lie, come from all targets of the
+    call: `fvu_random_all`, and with it the score, changes with the company of a target.
 
     Args:
         train: Tokens to learn from; an inner part of them decides when to stop.
@@ -56,7 +61,7 @@ def fit_pairs(
         source: The expert that made the outputs; without it there is no ceiling and no score.
         source_name: Keys the random choices of this source.
         target_inputs: Inputs [tokens, hidden] of each target in its own layer, where known; they
-            give the fit its start.
+            give the fit its start. Under 64 tokens they are not used: the start would be dead.
         options: Protocol, controls, budget, seed, solver.
         progress: Called with the number of fits done and of all fits.
 
@@ -176,6 +181,8 @@ def _candidates(
     options: FitOptions,
 ) -> dict[Label, Candidate]:
     """Everything that will be fitted."""
+    # Fewer say too little of where a target's inputs lie to start from there.
+    target_inputs = {n: x for n, x in target_inputs.items() if len(x) >= MINIMUM_TRAIN}
     seed, shrinkage = options.seed, options.solver.shrinkage
     device = train.inputs.device
 

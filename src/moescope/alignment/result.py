@@ -94,13 +94,17 @@ class AlignmentResult:
     score: float = _NAN
     """(null - fvu) / (null - fvu_self); zero or less is no evidence."""
     score_low: float = _NAN
-    """Lower end of its 95% interval over documents and random seeds."""
+    """Lower end of its 95% interval, over documents and one more random target in the null."""
     score_high: float = _NAN
     """Upper end."""
     steps: int = 0
     """Optimiser steps."""
     converged: bool = False
-    """Whether the second half of the steps hardly lowered the inner FVU."""
+    """Whether steps were taken, beat the constant, and changed little in their second half."""
+    constant_kept: bool = False
+    """Whether the constant-output adapter was kept: no fit beat it."""
+    self_converged: bool = False
+    """`converged` of the hidden-rotation self; False where there is none."""
     status: Status
     """What the numbers may be used for."""
     adapter_parameters: int

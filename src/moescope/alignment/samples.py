@@ -63,30 +63,42 @@ class Samples:
         return Samples(self.inputs[chosen], self.outputs[chosen], documents)
 
     def split(self, share: float, generator: torch.Generator) -> tuple["Samples", "Samples"]:
-        """Set aside about `share` of the tokens, by whole documents where there are at least two.
+        """Set aside about `share` of the tokens, by whole documents where they are small enough.
+
+        A document that would bring the part above twice the wanted size, or above half of the
+        tokens, is never set aside whole. Where the others make up less than half of the wanted
+        size, as with fewer than two documents, the rest is single tokens of what remains.
 
         Returns:
             The tokens that stay, and those set aside; at least one token in each.
         """
         number = len(self)
         wanted = min(max(1, round(share * number)), number - 1)
+        most = max(wanted, min(2 * wanted, number // 2))
         documents = torch.zeros(number) if self.documents is None else self.documents.cpu()
-        if self.num_documents < 2:
-            order = torch.randperm(number, generator=generator)
-            aside = torch.zeros(number, dtype=torch.bool)
-            aside[order[:wanted]] = True
-        else:
-            ids, of, sizes = torch.unique(documents, return_inverse=True, return_counts=True)
-            order = torch.randperm(len(ids), generator=generator)
-            # Whole documents, in random order, as long as they bring the share nearer.
-            filled = sizes[order].cumsum(0)
-            taken = filled - sizes[order] // 2 <= wanted
-            taken[0], taken[-1] = True, False
-            chosen = torch.zeros(len(ids), dtype=torch.bool)
-            chosen[order[taken]] = True
-            aside = chosen[of]
+        aside = _whole_documents(documents, wanted, most, generator)
+        if 2 * int(aside.sum()) < wanted:
+            left = (~aside).nonzero()[:, 0]
+            order = torch.randperm(len(left), generator=generator)
+            aside[left[order[: wanted - int(aside.sum())]]] = True
         aside = aside.to(self.inputs.device)
         return self.where(~aside), self.where(aside)
+
+
+def _whole_documents(
+    documents: Tensor, wanted: int, most: int, generator: torch.Generator
+) -> Bool[Tensor, " tokens"]:
+    """Tokens of random documents, about `wanted` and at most `most` in all; maybe none."""
+    ids, of, sizes = torch.unique(documents, return_inverse=True, return_counts=True)
+    order = torch.randperm(len(ids), generator=generator)
+    order = order[sizes[order] <= most]
+    filled = sizes[order].cumsum(0)
+    # In random order, as long as they bring the size nearer; the first in any case.
+    taken = filled - sizes[order] // 2 <= wanted
+    taken[:1] = True
+    chosen = torch.zeros(len(ids), dtype=torch.bool)
+    chosen[order[taken & (filled <= most)]] = True
+    return chosen[of]
 
 
 def require_finite(name: str, tensor: Tensor) -> None:

@@ -1,11 +1,18 @@
 """From squared errors per document to FVU, score and their intervals.
 
     FVU   = squared error / squared distance of the outputs from their training mean
-    null  = min(mean FVU of the random targets, FVU of the linear map, 1)
+    null  = min(mean FVU of the random targets of either kind, FVU of the linear map, 1)
     score = (null - FVU) / (null - ceiling)
 
 The ceiling is the FVU that the same solver reaches on the source expert itself behind a hidden
 rotation of its inputs. A score of zero or less is no evidence of shared function.
+
+The two kinds stay apart: averaged with targets that share nothing, random targets that share the
+output space would let a pair score for its output space alone.
+
+The interval answers whether the pair is better than a random expert could be, not whether it is
+better than their mean: a random expert in the pair's place has half a chance of the latter. So it
+holds the spread of one more random target (a prediction interval), not that of their mean.
 """
 
 import math
@@ -55,9 +62,9 @@ class Score:
     value: float = math.nan
     """Zero: as good as the null; one: as good as the ceiling."""
     low: float = math.nan
-    """Over documents and random seeds."""
+    """Over documents and over what one more random target would have reached."""
     high: float = math.nan
-    """Over documents and random seeds."""
+    """The same."""
 
 
 def fvu_interval(
@@ -73,41 +80,72 @@ def fvu_interval(
 @np.errstate(divide="ignore", invalid="ignore")  # draws that are not finite are left out
 def score_of(errors: Errors, seed: int) -> Score:
     """The score on the held-out documents; NaN where null and ceiling are too near each other."""
-    sums = errors.columns()
-    point = sums.sum(0, keepdims=True)
-    null, ceiling = _null_and_ceiling(point)
-    if null[0] - ceiling[0] < NARROW:
+    sums, kinds = errors.columns(), len(errors.random)
+    point = _Shares.of(sums.sum(0, keepdims=True), kinds)
+    means = point.random.mean(2)
+    if point.null(means)[0] - point.ceiling[0] < NARROW:
         return Score()
-    value = float(_score(point)[0])
+    value = float(point.score(means)[0])
     if len(sums) < FEWEST_UNITS:
         return Score(value=value)
     generator = np.random.default_rng(seed)
-    draws = resampled_totals(sums, _DRAWS, generator)
-    draws[:, 4:] = _redraw_seeds(draws[:, 4:], len(errors.random), generator)
-    low, high = bca_interval(value, _score(draws), _score(leave_one_out_totals(sums)))
+    draws = _Shares.of(resampled_totals(sums, _DRAWS, generator), kinds)
+    scores = draws.score(_one_more(draws.random, generator))
+    left_out = _Shares.of(leave_one_out_totals(sums), kinds)
+    # Their median in place of the estimate: no bias correction. The minimum in the null makes the
+    # predicted nulls lower than the estimated one, which is no bias of the estimate to be undone.
+    centre = float(np.nanmedian(scores))
+    low, high = bca_interval(centre, scores, left_out.score(left_out.random.mean(2)))
     return Score(value=value, low=low, high=high)
 
 
-def _redraw_seeds(
-    random: Float[np.ndarray, "draws targets"], kinds: int, generator: np.random.Generator
-) -> Float[np.ndarray, "draws targets"]:
-    """Resample the random targets too, within each kind: the null has a spread of its own."""
-    draws, targets = random.shape
-    seeds = targets // kinds
-    chosen = generator.integers(seeds, size=(draws, kinds, seeds))
-    chosen = chosen + seeds * np.arange(kinds)[:, None]
-    return np.take_along_axis(random, chosen.reshape(draws, targets), axis=1)
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Shares:
+    """FVU of everything, per draw."""
+
+    pair: Float[np.ndarray, " draws"]
+    linear: Float[np.ndarray, " draws"]
+    ceiling: Float[np.ndarray, " draws"]
+    random: Float[np.ndarray, "draws kinds seeds"]
+
+    @classmethod
+    def of(cls, totals: Float[np.ndarray, "draws columns"], kinds: int) -> "_Shares":
+        """From column totals, in the order of `Errors.columns`."""
+        shares = totals[:, 1:] / totals[:, :1]
+        return cls(
+            pair=shares[:, 0],
+            linear=shares[:, 1],
+            ceiling=shares[:, 2],
+            random=shares[:, 3:].reshape(len(shares), kinds, -1),
+        )
+
+    def null(self, random: Float[np.ndarray, "draws kinds"]) -> Float[np.ndarray, " draws"]:
+        """The best that needs no likeness, with `random` for the random targets of each kind."""
+        null: np.ndarray = np.minimum(np.minimum(random.min(1), self.linear), 1.0)
+        return null
+
+    def score(self, random: Float[np.ndarray, "draws kinds"]) -> Float[np.ndarray, " draws"]:
+        """In units of the distance from the mean null to the ceiling.
+
+        A null drawn near or below the ceiling must neither blow the unit up nor turn its sign.
+        """
+        unit = np.maximum(self.null(self.random.mean(2)) - self.ceiling, NARROW)
+        score: np.ndarray = (self.null(random) - self.pair) / unit
+        return score
 
 
-def _null_and_ceiling(
-    totals: Float[np.ndarray, "draws columns"],
-) -> tuple[Float[np.ndarray, " draws"], Float[np.ndarray, " draws"]]:
-    shares = totals / totals[:, :1]
-    random = shares[:, 4:].mean(1)
-    return np.minimum(np.minimum(random, shares[:, 2]), 1.0), shares[:, 3]
+def _one_more(
+    random: Float[np.ndarray, "draws kinds seeds"], generator: np.random.Generator
+) -> Float[np.ndarray, "draws kinds"]:
+    """What one more random target of each kind could have reached.
 
-
-def _score(totals: Float[np.ndarray, "draws columns"]) -> Float[np.ndarray, " draws"]:
-    null, ceiling = _null_and_ceiling(totals)
-    score: np.ndarray = (null - totals[:, 1] / totals[:, 0]) / (null - ceiling)
-    return score
+    mean + sd * sqrt(1 + 1 / n) * t, with t of n - 1 degrees of freedom: the predictive law of a
+    normal sample. Drawing one of the n themselves would never go beyond the best of them, which
+    an equal pair passes with probability 1 / (n + 1), far above the 2.5% of the interval.
+    """
+    seeds = random.shape[2]
+    spread = random.std(axis=2, ddof=1) * math.sqrt(1 + 1 / seeds)
+    predicted: np.ndarray = random.mean(2) + spread * generator.standard_t(
+        seeds - 1, size=spread.shape
+    )
+    return predicted

@@ -44,12 +44,14 @@ class Fit:
 
     adapter: Adapter
     """The best on the inner validation tokens; never above the constant one there."""
-    constant: Adapter
-    """The best adapter with a constant output."""
+    constant: Float[Tensor, " hidden"]
+    """The input of the target whose output is the best constant one."""
     steps: int
     """Optimiser steps until the fit stopped."""
     converged: bool
-    """Whether the second half of the steps hardly lowered the inner FVU."""
+    """Whether steps were taken, beat the constant, and changed little in their second half."""
+    constant_kept: bool = False
+    """Whether `adapter` is the one of constant output: no fit beat it."""
     curve: tuple[CurvePoint, ...] = ()
     """Inner validation FVU along the way."""
     published_mse: float = math.nan
@@ -203,13 +205,17 @@ def _finish(task: Task, targets: ExpertStack, best: _Best, constants: AdapterSta
     plain = AdapterStack(weight, bias, best.adapters.gain, best.adapters.shift)
     fits = []
     for i, curve in enumerate(best.curves):
-        early = min(point.fvu for point in curve if 2 * point.step <= curve[-1].step)
+        steps, kept = curve[-1].step, not bool(better[i])
+        early = min(point.fvu for point in curve if 2 * point.step <= steps)
+        settled = early - float(best.fvu[i]) <= task.options.settled
         fits.append(
             Fit(
-                adapter=(plain if better[i] else constants).adapter(i),
-                constant=constants.adapter(i),
-                steps=curve[-1].step,
-                converged=early - float(best.fvu[i]) <= task.options.settled,
+                adapter=(constants if kept else plain).adapter(i),
+                constant=constants.shift[i].clone(),
+                steps=steps,
+                # Without a step, or with another adapter in its place, nothing has settled.
+                converged=settled and steps > 0 and not kept,
+                constant_kept=kept,
                 curve=tuple(curve),
             )
         )

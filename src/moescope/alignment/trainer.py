@@ -83,7 +83,7 @@ def train_published(
         return [
             Fit(
                 adapter=adapters.adapter(j),
-                constant=constants.adapter(j),
+                constant=constants.shift[j].clone(),
                 steps=STEPS,
                 converged=False,
                 published_mse=float(printed[j]),

@@ -1,16 +1,17 @@
 """Can an expert of another layer stand in for this one, up to a change of input?"""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from moescope.alignment.options import FitOptions
+from moescope.alignment.options import FitOptions, SolverOptions
 from moescope.alignment.pairs import fit_pairs
 from moescope.alignment.result import AlignmentResult
 from moescope.alignment.samples import Samples
@@ -24,7 +25,14 @@ from moescope.config import IntList
 from moescope.errors import OptionError
 from moescope.models.view import MoELayer
 from moescope.progress import track
-from moescope.runs import Result
+from moescope.runs import Finding, Result, library_versions
+
+PARTS_VERSION = 1
+"""Raised with every change of mathematics, so that no part computed before it is reused."""
+TARGET_ROWS = 1_024
+"""Inputs of a target expert in its own layer that the start of a fit is taken from."""
+PANEL_ROWS = 5_000
+"""Tokens behind histograms and principal components."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,23 +78,25 @@ def align(material: Material, options: AlignOptions) -> Result:
     capture = material.capture
     source, target = (material.model.layer(n) for n in (options.source, options.target))
     source_experts = _experts(source, options.source_experts)
+    held_out = held_out_documents(capture, options)
     target_experts = _experts(target, options.target_experts)
     parts = Parts.of(material.run, _key(capture, options, target_experts))
-    held_out = held_out_documents(capture, options)
-    for expert in track(
-        source_experts, f"aligning layer {source.index}", total=len(source_experts)
-    ):
+    job = _Job(
+        capture=capture,
+        source=source,
+        target=target,
+        samples=capture.expert_samples(source.index, source_experts),
+        target_inputs=_target_inputs(capture, target, target_experts, held_out),
+        held_out=held_out,
+        options=options,
+    )
+    label = f"aligning layer {source.index}"
+    for expert in track(source_experts, label, total=len(source_experts)):
         if not parts.done(expert):
-            fits = _fit_source(capture, source, target, expert, target_experts, held_out, options)
-            parts.save(Part.of(source.index, target.index, expert, fits))
+            parts.save(Part.of(source.index, target.index, expert, job.fit(expert)))
     finished = [parts.load(expert) for expert in source_experts]
     table = pd.concat([part.table for part in finished], ignore_index=True)
-    inputs, outputs = _source_tensors(capture, source, source_experts)
-    panels = {
-        f"input of layer {source.index}": inputs,
-        f"expert outputs of layer {source.index}": outputs,
-        f"input of layer {target.index}": capture.inputs(target.index).values.float(),
-    }
+    panels = job.panels()
     return Result(
         name="align",
         tables={
@@ -95,23 +105,42 @@ def align(material: Material, options: AlignOptions) -> Result:
             "distributions": distributions(panels),
             "pca": principal_components(panels, options.seed),
         },
-        findings=findings(table, options.source, options.target),
+        findings=[
+            *findings(table, options.source, options.target),
+            *_unmeasured_domains(capture, held_out),
+        ],
         provenance={"seed": options.seed, "adapters": str(parts.folder.relative_to(material.run))},
     )
 
 
 def held_out_documents(capture: Capture, options: AlignOptions) -> Bool[Tensor, " documents"]:
-    """Choose documents for the reported errors, the same share of every domain."""
-    number = len(capture.document_names)
-    domain_of = torch.full((number,), -1)
-    domain_of[capture.documents] = capture.domain_of
+    """Choose documents for the reported errors, about the same share of every domain.
+
+    A domain of at least two documents gives at least one and keeps at least one.
+    """
+    domain_of = _domain_of_document(capture)
     random = np.random.default_rng(options.seed)
-    held_out = torch.zeros(number, dtype=torch.bool)
+    held_out = torch.zeros(len(domain_of), dtype=torch.bool)
     for domain in range(len(capture.domains)):
         documents = (domain_of == domain).nonzero()[:, 0].numpy()
-        size = round(options.held_out_share * len(documents))
-        held_out[torch.from_numpy(random.permutation(documents)[:size])] = True
+        size = min(max(1, round(options.held_out_share * len(documents))), len(documents) - 1)
+        held_out[torch.from_numpy(random.permutation(documents)[: max(0, size)])] = True
     return held_out
+
+
+def _domain_of_document(capture: Capture) -> Int64[Tensor, " documents"]:
+    domain_of = torch.full((len(capture.document_names),), -1)
+    domain_of[capture.documents] = capture.domain_of
+    return domain_of
+
+
+def _unmeasured_domains(capture: Capture, held_out: Bool[Tensor, " documents"]) -> list[Finding]:
+    measured = set(_domain_of_document(capture)[held_out].tolist())
+    missing = [name for n, name in enumerate(capture.domains) if n not in measured]
+    if not missing:
+        return []
+    text = f"The errors say nothing about {', '.join(missing)}: one document cannot be held out."
+    return [Finding(text=text)]
 
 
 def _experts(layer: MoELayer, chosen: Sequence[int]) -> list[int]:
@@ -121,68 +150,90 @@ def _experts(layer: MoELayer, chosen: Sequence[int]) -> list[int]:
                 f"layer {layer.index} has no expert {expert}",
                 expected=f"0 to {layer.num_experts - 1}",
             )
-    return list(chosen) or list(range(layer.num_experts))
+    return list(dict.fromkeys(chosen)) or list(range(layer.num_experts))
 
 
 def _key(capture: Capture, options: AlignOptions, target_experts: Sequence[int]) -> object:
     """What a finished source expert depends on; which others are aligned is not part of it."""
     chosen = {"source_experts": None, "target_experts": list(target_experts)}
-    return {"capture": capture.digest, "options": asdict(options) | chosen}
-
-
-def _fit_source(
-    capture: Capture,
-    source: MoELayer,
-    target: MoELayer,
-    expert: int,
-    target_experts: Sequence[int],
-    held_out: Bool[Tensor, " documents"],
-    options: AlignOptions,
-) -> dict[int, AlignmentResult]:
-    """All targets for one source expert."""
-    recorded = capture.expert_inputs(source.index, expert)
-    samples = _samples(capture, source, expert, _thinned(recorded, options))
-    assert samples.documents is not None
-    aside = held_out[samples.documents]
-    targets = {f"L{target.index}E{e}": target.expert_weights(e) for e in target_experts}
-    inputs = {
-        f"L{target.index}E{e}": capture.expert_inputs(target.index, e).values.float()
-        for e in target_experts
+    return {
+        "parts": PARTS_VERSION,
+        "capture": capture.digest,
+        "options": asdict(options) | chosen,
+        "solver": asdict(SolverOptions()),
+        "libraries": library_versions(),
     }
-    fits = fit_pairs(
-        samples.where(~aside),
-        samples.where(aside),
-        targets,
-        source=source.expert_weights(expert),
-        source_name=f"L{source.index}E{expert}",
-        target_inputs={name: x for name, x in inputs.items() if len(x)},
-        options=FitOptions(
-            protocol=options.protocol,
-            controls=options.controls,
-            budget_seconds=options.budget_seconds,
-            seed=options.seed,
-        ),
-    )
-    return dict(zip(target_experts, fits.values(), strict=True))
 
 
-def _thinned(recorded: Recorded, options: AlignOptions) -> Recorded:
-    """A random part of the tokens where there are more than asked for."""
-    random = np.random.default_rng(options.seed)
-    chosen = np.sort(random.permutation(len(recorded.tokens))[: options.max_tokens])
-    return Recorded(recorded.tokens[chosen], recorded.values[chosen])
+def _target_inputs(
+    capture: Capture,
+    target: MoELayer,
+    experts: Sequence[int],
+    held_out: Bool[Tensor, " documents"],
+) -> dict[int, Float[Tensor, "tokens hidden"]]:
+    """Inputs that the targets have in their own layer, from training documents only."""
+    inputs = {}
+    for expert, recorded in capture.expert_samples(target.index, experts).items():
+        trained_on = ~held_out[capture.documents[recorded.tokens]]
+        inputs[expert] = recorded.values[trained_on][:TARGET_ROWS].float()
+    return inputs
 
 
-def _samples(capture: Capture, layer: MoELayer, expert: int, recorded: Recorded) -> Samples:
-    """What the expert does, in fp32, on recorded inputs."""
-    inputs = recorded.values.float()
-    outputs = layer.expert_weights(expert).to(dtype=torch.float32, device="cpu")(inputs)
-    return Samples(inputs, outputs, capture.documents[recorded.tokens])
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Job:
+    """Everything that all source experts of one call share."""
 
+    capture: Capture
+    source: MoELayer
+    target: MoELayer
+    samples: Mapping[int, Recorded]
+    """Recorded inputs of each source expert."""
+    target_inputs: Mapping[int, Tensor]
+    """Inputs [tokens, hidden] of each target expert in its own layer."""
+    held_out: Tensor
+    """[documents] for the reported errors."""
+    options: AlignOptions
 
-def _source_tensors(
-    capture: Capture, layer: MoELayer, experts: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    """Inputs and outputs of several experts of a layer, one after the other."""
-    samples = [_samples(capture, layer, e, capture.expert_inputs(layer.index, e)) for e in experts]
-    return torch.cat([s.inputs for s in samples]), torch.cat([s.outputs for s in samples])
+    def fit(self, expert: int) -> dict[int, AlignmentResult]:
+        """One source expert against all targets."""
+        samples = self._samples(expert, self.options.max_tokens)
+        assert samples.documents is not None
+        aside = self.held_out[samples.documents]
+        names = {e: f"L{self.target.index}E{e}" for e in self.target_inputs}
+        fits = fit_pairs(
+            samples.where(~aside),
+            samples.where(aside),
+            {name: self.target.expert_weights(e) for e, name in names.items()},
+            source=self.source.expert_weights(expert),
+            source_name=f"L{self.source.index}E{expert}",
+            target_inputs={names[e]: x for e, x in self.target_inputs.items() if len(x)},
+            options=FitOptions(
+                protocol=self.options.protocol,
+                controls=self.options.controls,
+                budget_seconds=self.options.budget_seconds,
+                seed=self.options.seed,
+            ),
+        )
+        return {e: fits[name] for e, name in names.items()}
+
+    def panels(self) -> dict[str, Float[Tensor, "tokens hidden"]]:
+        """Some inputs and outputs of the source experts, some inputs of the target layer."""
+        each = math.ceil(PANEL_ROWS / len(self.samples))
+        samples = [self._samples(expert, each) for expert in self.samples]
+        targets = self.capture.inputs(self.target.index).values
+        chosen = np.random.default_rng(self.options.seed).permutation(len(targets))[:PANEL_ROWS]
+        return {
+            f"input of layer {self.source.index}": torch.cat([s.inputs for s in samples]),
+            f"expert outputs of layer {self.source.index}": torch.cat([s.outputs for s in samples]),
+            f"input of layer {self.target.index}": targets[chosen].float(),
+        }
+
+    def _samples(self, expert: int, most: int) -> Samples:
+        """What the expert does, in fp32, on at most so many of its inputs, chosen at random."""
+        recorded = self.samples[expert]
+        random = np.random.default_rng(self.options.seed)
+        chosen = np.sort(random.permutation(len(recorded.tokens))[:most])
+        inputs = recorded.values[chosen].float()
+        weights = self.source.expert_weights(expert).to(dtype=torch.float32, device="cpu")
+        documents = self.capture.documents[recorded.tokens[chosen]]
+        return Samples(inputs, weights(inputs), documents)

@@ -4,7 +4,10 @@ import pandas as pd
 
 from moescope.runs import Finding
 
-CHANCE = 0.025  # of a two-sided 95% interval to lie above zero where there is nothing
+CHANCE = 0.025
+"""Chance of a 95% interval to lie above zero where there is nothing."""
+FEWEST_SOURCES = 5
+"""Imitated experts below which no correlation over them is quoted."""
 
 
 def findings(table: pd.DataFrame, source: int, target: int) -> list[Finding]:
@@ -15,28 +18,34 @@ def findings(table: pd.DataFrame, source: int, target: int) -> list[Finding]:
         status = ", ".join(sorted(table.status.unique()))
         return [Finding(text=f"No number could be had for the {pairs}: {status}.")]
     scored = measured[measured.score.notna()]
-    found = [] if scored.empty else [_evidence(scored, pairs), _controls(scored), _ceiling(scored)]
     if scored.empty:
-        found = [Finding(text=f"No score for the {pairs}: {measured.status.iloc[0]}.")]
+        status = ", ".join(sorted(measured.status.unique()))
+        found = [Finding(text=f"No score for the {pairs}: {status}.")]
+    else:
+        found = [_evidence(scored, pairs), _controls(scored), _ceiling(scored)]
     return [*found, *_published(measured), *_caveats(table)]
 
 
 def _evidence(scored: pd.DataFrame, pairs: str) -> Finding:
-    above = scored[scored.score_low > 0]
+    tested = scored[scored.score_low.notna()]
+    above = int((tested.score_low > 0).sum())
     best = scored.iloc[int(scored.score.argmax())]
-    interval = (
-        f"95% interval {best.score_low:.2f} to {best.score_high:.2f}"
-        if pd.notna(best.score_low)
-        else "no interval"
+    if tested.empty:
+        text = f"Of {pairs}, none has an interval: too few held-out documents."
+        interval = "no interval"
+    else:
+        text = (
+            f"Of {pairs}, {above} of the {len(tested)} with an interval have a score whose 95% "
+            f"interval lies above zero (about {CHANCE * len(tested):.1f} would by chance)."
+        )
+        interval = f"95% interval {best.score_low:.2f} to {best.score_high:.2f}, not corrected"
+    text += (
+        f" Largest of {len(scored)}: expert {best.source_expert} imitated by expert "
+        f"{best.target_expert}, score {best.score:.2f} ({interval}; {best.n_val} held-out tokens "
+        f"of {best.n_documents} documents). Zero is what the controls reach, one is the expert "
+        "itself behind a hidden rotation."
     )
-    text = (
-        f"Of {pairs}, {len(above)} have a score whose 95% interval lies above zero "
-        f"(about {CHANCE * len(scored):.1f} would by chance). Best: expert {best.source_expert} "
-        f"imitated by expert {best.target_expert}, score {best.score:.2f} ({interval}; "
-        f"{best.n_val} held-out tokens of {best.n_documents} documents). "
-        "Zero is what the controls reach, one is the expert itself behind a hidden rotation."
-    )
-    numbers = {"pairs": len(scored), "above_zero": len(above), "best_score": float(best.score)}
+    numbers = {"pairs": len(scored), "above_zero": above, "best_score": float(best.score)}
     return Finding(text=text, numbers=numbers)
 
 
@@ -57,42 +66,51 @@ def _ceiling(scored: pd.DataFrame) -> Finding:
     settled = int(scored.converged.sum())
     text = (
         f"Where there is an answer by construction, the solver leaves a held-out FVU of "
-        f"{scored.fvu_self.min():.3f} to {scored.fvu_self.max():.3f}; {settled} of "
-        f"{len(scored)} fits had settled when they stopped."
+        f"{scored.fvu_self.min():.3f} to {scored.fvu_self.max():.3f}. {settled} of the "
+        f"{len(scored)} fits of pairs had settled when they stopped."
     )
     return Finding(text=text, numbers={"settled": settled})
 
 
 def _published(measured: pd.DataFrame) -> list[Finding]:
     """How far the published number follows the size of the outputs alone."""
-    variance = measured.mse_mean / measured.fvu
-    spread = variance.groupby(measured.source_expert).median()
-    known = measured.published_mse.notna()
-    if known.sum() < 3 or len(spread) < 2:
+    known = measured[measured.published_mse.notna()]
+    if known.empty:
         return []
-    correlation = measured.published_mse[known].corr(variance[known], method="spearman")
     text = (
         "The published protocol's number, an error on training tokens in raw units, ranges from "
-        f"{measured.published_mse.min():.2g} to {measured.published_mse.max():.2g}; over these "
-        f"{int(known.sum())} pairs its rank correlation with the variance of the imitated outputs "
-        f"is {correlation:.2f}."
+        f"{known.published_mse.min():.2g} to {known.published_mse.max():.2g}."
     )
-    return [Finding(text=text, numbers={"spearman_with_variance": float(correlation)})]
+    numbers = {"least": known.published_mse.min(), "largest": known.published_mse.max()}
+    by_source = known.assign(variance=known.mse_mean / known.fvu).groupby("source_expert")
+    medians = by_source[["published_mse", "variance"]].median()
+    if len(medians) >= FEWEST_SOURCES:
+        correlation = medians["published_mse"].corr(medians["variance"], method="spearman")
+        numbers["spearman_with_variance"] = correlation
+        text += (
+            f" Over the {len(medians)} imitated experts its rank correlation with the variance "
+            f"of their outputs is {correlation:.2f}."
+        )
+    return [Finding(text=text, numbers=numbers)]
 
 
 def _caveats(table: pd.DataFrame) -> list[Finding]:
-    counts = table.status[table.status != "ok"].value_counts()
-    words = {
-        "underdetermined": "have fewer training tokens than four times the hidden size",
-        "few_documents": "have fewer than 30 held-out documents, hence no interval",
-        "undefined": "have controls too close to the ceiling for a score",
-        "too_few_tokens": "have too few tokens for any number",
-        "constant_outputs": "imitate an expert whose outputs do not vary",
+    """How many pairs rest on too little; a pair may be counted in several sentences."""
+    numbers = table.fvu.notna()
+    counts = {
+        "have too few tokens for any number": table.status == "too_few_tokens",
+        "imitate an expert whose outputs do not vary": table.status == "constant_outputs",
+        "have controls too close to the ceiling for a score": table.status == "undefined",
+        "have too few held-out documents for an interval": numbers & table.fvu_low.isna(),
+        "have fewer training tokens than four times the hidden size": numbers
+        & (table.n_train < 4 * _hidden_size(table)),
     }
     return [
-        Finding(
-            text=f"{n} of {len(table)} pairs {words[str(status)]}.", numbers={str(status): int(n)}
-        )
-        for status, n in counts.items()
-        if status in words
+        Finding(text=f"{int(chosen.sum())} of {len(table)} pairs {words}.")
+        for words, chosen in counts.items()
+        if chosen.any()
     ]
+
+
+def _hidden_size(table: pd.DataFrame) -> "pd.Series[float]":
+    return table.mse_sum / table.mse_mean

@@ -10,7 +10,6 @@ from torch import Tensor
 
 BINS = 60
 TAIL = 0.001  # share of the values left out of the histogram on either side
-FITTED_ROWS = 5_000
 SHOWN_ROWS = 300
 
 Panels = Mapping[str, Float[Tensor, "tokens hidden"]]
@@ -20,6 +19,8 @@ def distributions(panels: Panels) -> pd.DataFrame:
     """Histogram of all values of each panel, with mean and standard deviation of all of them."""
     frames = []
     for panel, tensor in panels.items():
+        if not len(tensor):
+            continue
         values = tensor.double().numpy().ravel()
         low, high = np.quantile(values, [TAIL, 1 - TAIL])
         density, edges = np.histogram(values, BINS, (low, high), density=True)
@@ -44,16 +45,12 @@ def principal_components(panels: Panels, seed: int) -> pd.DataFrame:
     random = np.random.default_rng(seed)
     frames = []
     for panel, tensor in panels.items():
-        rows = random.permutation(len(tensor))[:FITTED_ROWS]
-        values = tensor[rows].double().numpy()
-        components = min(2, *values.shape)
-        fitted = PCA(components, svd_solver="covariance_eigh").fit(values)
-        shown = np.zeros((min(len(values), SHOWN_ROWS), 2))
-        shown[:, :components] = fitted.transform(values[:SHOWN_ROWS])
-        explained = np.zeros(2)
-        explained[:components] = fitted.explained_variance_ratio_
+        if len(tensor) < 2:
+            continue
+        values = tensor[random.permutation(len(tensor))].double().numpy()
+        fitted = PCA(2, svd_solver="covariance_eigh").fit(values)
+        shown = fitted.transform(values[:SHOWN_ROWS])
         frame = {"panel": panel, "pc1": shown[:, 0], "pc2": shown[:, 1]}
-        frames.append(
-            pd.DataFrame(frame | {"explained1": explained[0], "explained2": explained[1]})
-        )
+        first, second = fitted.explained_variance_ratio_
+        frames.append(pd.DataFrame(frame | {"explained1": first, "explained2": second}))
     return pd.concat(frames, ignore_index=True)

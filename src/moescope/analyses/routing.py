@@ -16,6 +16,9 @@ from moescope.measures.bootstrap import FEWEST_UNITS, ratio_interval
 from moescope.progress import track
 from moescope.runs import Finding, Result
 
+SIGNIFICANT = 0.05
+"""Of p-values after Bonferroni's correction over all layers and pairs of domains."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RoutingOptions:
@@ -170,6 +173,7 @@ def divergence_table(
         observed, null = measures.divergence_test(
             counts, labels, permutations=options.permutations, seed=options.seed
         )
+        p_value = float((1 + (null >= observed).sum()) / (1 + len(null)))
         smaller = min(counts[labels == side].sum() for side in (0, 1)) // part.top_k
         rows.append(
             {
@@ -180,7 +184,8 @@ def divergence_table(
                 "null_mean": null.mean(),
                 "null_p95": np.quantile(null, 0.95),
                 "excess": observed - null.mean(),
-                "p_value": (1 + (null >= observed).sum()) / (1 + len(null)),
+                "p_value": p_value,
+                "p_corrected": min(1.0, p_value * len(pairs)),
                 "n_tokens": smaller,
                 "n_documents": len(documents),
                 "seed": options.seed,
@@ -218,20 +223,18 @@ def _divergence_findings(divergence: pd.DataFrame, options: RoutingOptions) -> l
     if divergence.empty:
         return [Finding(text="One domain only: divergence between domains is not measured here.")]
     fewest = int(divergence.n_documents.min())
-    # Bonferroni over all pairs and layers, at the finest p that this many shuffles can give.
-    corrected = divergence.p_value * len(divergence)
-    clear = int((corrected <= 0.05).sum())
+    clear = int((divergence.p_corrected <= SIGNIFICANT).sum())
     top = divergence.iloc[int(divergence.excess.argmax())]
     text = (
         f"Domains are routed apart in {clear} of {len(divergence)} comparisons (layer x pair of "
-        f"domains; corrected p <= 0.05, {options.permutations} shuffles of documents). Largest: "
-        f"{top.domain_a} against {top.domain_b} in layer {top.layer}, {top.js_bits:.3f} bits "
-        f"where shuffled documents give {top.null_mean:.3f} "
-        f"(95th percentile {top.null_p95:.3f}; {top.n_tokens} tokens a side)."
+        f"domains; p <= {SIGNIFICANT} after correction, {options.permutations} shuffles of "
+        f"documents). Largest: {top.domain_a} against {top.domain_b} in layer {top.layer}, "
+        f"{top.js_bits:.3f} bits where shuffled documents give {top.null_mean:.3f} (95th "
+        f"percentile {top.null_p95:.3f}; {top.n_tokens} tokens a side)."
     )
     numbers = {"clear": clear, "comparisons": len(divergence), "js_bits": float(top.js_bits)}
     found = [Finding(text=text, numbers=numbers)]
-    if len(divergence) / (1 + options.permutations) > 0.05:
+    if len(divergence) / (1 + options.permutations) > SIGNIFICANT:
         found.append(
             Finding(text="Too few shuffles for this many comparisons: raise --permutations.")
         )

@@ -24,6 +24,8 @@ def write_samples(
 ) -> Iterator[Entry]:
     """Write the sample beyond the whole rows; its shards depend on the sample alone.
 
+    Tokens of whole rows are among no candidates, so they are not written twice.
+
     Holds one file of candidates and one shard (twice that while writing) at a time.
     """
     for layer in (layer.index for layer in plan.layers):

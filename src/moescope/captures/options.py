@@ -17,8 +17,8 @@ class CaptureOptions:
     tokens: int = 16_384
     """Record the wide tensors of whole rows until this many tokens are in."""
     tokens_per_expert: int = 5_000
-    """After that, record further tokens at random until every expert of every layer has this
-    many, if the corpus sends it so many."""
+    """Size of each expert's own sample: of all tokens that the corpus sends to an expert, record
+    this many at random, or all if there are fewer."""
     layers: tuple[int, ...] | None = None
     """The model's own numbers of the layers to record; None records every MoE layer."""
     dtype: str | None = None

@@ -152,7 +152,7 @@ def require_same(folder: Path, found: Mapping[str, Any], asked: Mapping[str, Any
     ]
     if differences:
         raise CaptureError(
-            f"{folder} holds a capture made with other options",
+            f"{folder} holds a capture made with other options or of another text",
             got="; ".join(differences),
             remedy=f"Choose another folder, or delete {folder} to capture again",
         )

@@ -133,10 +133,7 @@ def _require_available(tensor: BlockTensor, layers: list[MoELayer]) -> None:
     if tensor.needs != "shared expert":
         return
     for layer in layers:
-        nothing = torch.zeros(1, layer.hidden_size, dtype=layer.router_weight.dtype)
-        with torch.inference_mode():
-            output = layer.shared_output(nothing.to(layer.router_weight.device))
-        if output is None:
+        if not layer.has_shared_expert:
             raise CaptureError(
                 f"{tensor.name} cannot be recorded: layer {layer.index} has no shared expert",
                 remedy=f"Leave {tensor.name} out",

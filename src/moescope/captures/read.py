@@ -3,7 +3,7 @@
 import hashlib
 import html
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -201,8 +201,8 @@ class Capture:
     def wide(self, layer: int, name: str) -> Recorded:
         """Any wide tensor, for the sample of a layer.
 
-        The sample is all tokens of the first rows, and beyond them the union of the experts'
-        reservoirs; it is not a uniform sample of all tokens.
+        The sample is all tokens of the first rows and the union of the experts' own samples; it
+        is not a uniform sample of all tokens.
 
         Raises:
             CaptureError: The layer or the tensor was not recorded.
@@ -235,33 +235,62 @@ class Capture:
         self._require_expert(layer, expert)
         return torch.cat(
             [
-                (routing.experts == expert).any(1).nonzero()[:, 0] + tokens.start
-                for tokens, routing in self.routing_shards(layer)
+                (experts == expert).any(1).nonzero()[:, 0] + first
+                for first, experts in self._experts_shards(layer)
             ]
         )
 
     def expert_inputs(self, layer: int, expert: int) -> Recorded:
-        """Inputs of the tokens in an expert's own sample.
-
-        These are its tokens in the whole rows and its reservoir. Tokens that are recorded only
-        because another of their experts chose them are left out: an expert often chosen beside a
-        rare one would have too many of those.
+        """Inputs of the tokens in one expert's own sample; `expert_samples` says which.
 
         Raises:
-            CaptureError: The layer was not recorded, has no such expert, or has no inputs.
+            CaptureError: The layer was not recorded, has no such expert, or has no inputs; the
+                experts have no samples.
         """
-        self._require_expert(layer, expert)
+        return self.expert_samples(layer, (expert,))[expert]
+
+    def expert_samples(self, layer: int, experts: Sequence[int]) -> dict[int, Recorded]:
+        """Inputs of the tokens in the own samples of several experts; reads the layer once.
+
+        An expert's sample is uniform without replacement over all tokens of the capture that
+        were routed to it: `tokens_per_expert` of them, or all if there are fewer. Other recorded
+        tokens are left out, be they in the whole rows or chosen by another of their experts:
+        those would stand for the first rows, and for what is also sent to rare experts.
+
+        Raises:
+            CaptureError: The layer was not recorded, has no such expert, or has no inputs; the
+                experts have no samples.
+        """
+        for expert in experts:
+            self._require_expert(layer, expert)
+        self._require_samples()
         recorded = self.inputs(layer)
-        routed = torch.isin(recorded.tokens, self.tokens_of(layer, expert)).nonzero()[:, 0]
-        tokens = recorded.tokens[routed]
-        whole = int((tokens < self.manifest["num_whole_row_tokens"]).sum())
-        wanted = max(0, self.manifest["options"]["tokens_per_expert"] - whole)
-        key = expert_keys(self.seed, layer, expert + 1)[-1:]
-        alone = torch.zeros(len(tokens) - whole, 1, dtype=torch.int64)
-        numbers = priorities(key, alone, tokens[whole:])
-        own = lowest(alone[:, 0], numbers[:, 0], torch.tensor([wanted])) + whole
-        chosen = routed[torch.cat([torch.arange(whole), own.sort().values])]
-        return Recorded(recorded.tokens[chosen], recorded.values[chosen])
+        used = self._experts_at(layer, recorded.tokens)
+        position, slot = torch.isin(used, torch.tensor(experts)).nonzero(as_tuple=True)
+        keys = expert_keys(self.seed, layer, self.layer_facts(layer)["num_experts"])
+        numbers = priorities(keys, used, recorded.tokens)[position, slot]
+        chosen = lowest(used[position, slot], numbers, torch.full_like(keys, self._per_expert))
+        owner, position = used[position, slot][chosen], position[chosen]
+        samples = {expert: position[owner == expert].sort().values for expert in experts}
+        return {e: Recorded(recorded.tokens[s], recorded.values[s]) for e, s in samples.items()}
+
+    @property
+    def _per_expert(self) -> int:
+        return int(self.manifest["options"]["tokens_per_expert"])
+
+    def _experts_shards(self, layer: int) -> Iterator[tuple[int, Tensor]]:
+        """First token and int16 experts [tokens, top_k] of every shard."""
+        for entry in self._shards("tokens"):
+            name = layer_tensor(layer, "experts")
+            yield entry["first_token"], read_tensor(self.folder, entry, name)
+
+    def _experts_at(self, layer: int, tokens: Int64[Tensor, "some"]) -> Int64[Tensor, "some top_k"]:
+        """Experts of some tokens, which ascend; holds one shard at a time."""
+        parts = []
+        for first, experts in self._experts_shards(layer):
+            here = (tokens >= first) & (tokens < first + len(experts))
+            parts.append(experts[tokens[here] - first].long())
+        return torch.cat(parts)
 
     def _shards(self, kind: str) -> list[Entry]:
         return [entry for entry in self.manifest["shards"] if entry["kind"] == kind]
@@ -272,6 +301,13 @@ class Capture:
     def _require(self, name: str) -> None:
         if name not in self.recorded:
             raise unknown("recorded tensor:", name, self.recorded, CaptureError)
+
+    def _require_samples(self) -> None:
+        if not self._per_expert:
+            raise CaptureError(
+                f"{self.folder} holds no samples of experts, whole rows alone",
+                remedy="Capture with tokens_per_expert above 0",
+            )
 
     def _require_expert(self, layer: int, expert: int) -> None:
         count = self.layer_facts(layer)["num_experts"]

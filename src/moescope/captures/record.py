@@ -46,7 +46,8 @@ def capture(
 
     `CaptureOptions` describes the options. Masked positions never enter. Interrupted in any way
     and called again, it goes on after the last complete group of shards and ends with the same
-    bytes; called again after the end, it returns at once, without reading the corpus.
+    bytes; called again after the end, it opens what is there, having read local files of the
+    corpus only to see that they are the same.
 
     Args:
         model: The model; it is put into evaluation mode meanwhile.
@@ -54,7 +55,7 @@ def capture(
         out: The run folder; `out/capture` is written.
         record: Names of tensors, see `moescope.captures.registry`.
         tokens: Size of the sample of whole rows, in tokens.
-        tokens_per_expert: Size of each expert's sample, whole rows included, in tokens.
+        tokens_per_expert: Size of each expert's uniform sample of its tokens, in tokens.
         layers: The model's own layer numbers.
         dtype: Type of the wide tensors.
         seed: Seed of the sample.

@@ -82,8 +82,7 @@ class Recorder:
         if self._plan.wide:
             if self._whole:
                 self._take_whole_rows(seen, kept[: self._whole])
-            if self._whole < len(kept):
-                self._take_candidates(seen, kept[self._whole :])
+            self._take_candidates(seen, kept)
 
     def per_token(self, name: str, values: Tensor) -> None:
         """Take a tensor of one number per position of the batch."""
@@ -135,25 +134,25 @@ class Recorder:
         return self._kept_on_device
 
     def _take_whole_rows(self, seen: Observation, chosen: Int64[Tensor, "chosen"]) -> None:
-        layer = seen.layer.index
-        self.reservoirs[layer].count_whole(seen.routing.experts[chosen])
         tokens = torch.arange(self._first, self._first + len(chosen))
-        self._rows.add(layer_tensor(layer, "tokens"), tokens)
+        self._rows.add(layer_tensor(seen.layer.index, "tokens"), tokens)
         self._take_wide(self._rows, seen, chosen)
 
     def _take_candidates(self, seen: Observation, offered: Int64[Tensor, "offered"]) -> None:
-        layer, first = seen.layer.index, self._first + self._whole
-        candidates = self.reservoirs[layer].candidates(seen.routing.experts[offered], first)
+        layer = seen.layer.index
+        candidates = self.reservoirs[layer].candidates(seen.routing.experts[offered], self._first)
         accepted = candidates.nonzero()[:, 0]
-        if not len(accepted):
+        tokens = self._first + accepted
+        experts = seen.routing.experts[offered[accepted]].to(torch.int16)
+        self._offers[layer] = (tokens, experts)
+        # Those in whole rows, a prefix, are in the reservoirs too but recorded already.
+        known = int((accepted < self._whole).sum()) if self._whole else 0
+        if known == len(accepted):
             return
-        chosen = offered[accepted]
-        experts = seen.routing.experts[chosen].to(torch.int16)
         self._spilling.add(layer)
-        self._offers[layer] = (first + accepted, experts)
-        self._spill.add(layer_tensor(layer, "tokens"), first + accepted)
-        self._spill.add(layer_tensor(layer, "experts"), experts)
-        self._take_wide(self._spill, seen, chosen)
+        self._spill.add(layer_tensor(layer, "tokens"), tokens[known:])
+        self._spill.add(layer_tensor(layer, "experts"), experts[known:])
+        self._take_wide(self._spill, seen, offered[accepted[known:]])
 
     def _take_wide(
         self, columns: Columns, seen: Observation, chosen: Int64[Tensor, "chosen"]
@@ -187,12 +186,11 @@ def _reservoirs(plan: Plan, partial: Partial) -> dict[int, Reservoirs]:
 
 
 def _restore(reservoirs: Reservoirs, layer: int, partial: Partial, group: Group) -> None:
-    device = reservoirs.device
     for entry in group.shards:
         if entry["kind"] == "rows":
             tokens = read_tensor(partial.folder, entry, layer_tensor(layer, "tokens"))
             experts = read_tensor(partial.folder, group.shards[0], layer_tensor(layer, "experts"))
-            reservoirs.count_whole(experts[: len(tokens)].to(device))
+            reservoirs.offer(tokens, experts[: len(tokens)])
     for entry in group.candidates:
         if layer in entry["layers"]:
             tokens, experts = (

@@ -82,20 +82,11 @@ class Reservoirs:
         self.device = device
         self._keys = keys
         self._device_keys = keys.to(device)
-        self._per_expert = per_expert
-        self._used = torch.zeros(len(keys), dtype=torch.int64, device=device)
+        self._wanted = torch.full((len(keys),), per_expert)
+        self._limits = torch.full((len(keys),), _NEVER if per_expert else 0, device=device)
         self._experts = torch.empty(0, dtype=torch.int16)
         self._numbers = torch.empty(0, dtype=torch.int64)
         self._tokens = torch.empty(0, dtype=torch.int64)
-        self._limits: Tensor | None = None
-
-    def count_whole(self, experts: Int[Tensor, "tokens top_k"]) -> None:
-        """Let tokens of whole rows count towards their experts' shares.
-
-        All of them come before the first call of `candidates`, `offer` and `sample`.
-        """
-        assert self._limits is None, "whole rows come first"
-        self._used += experts.long().flatten().bincount(minlength=len(self._used))
 
     def candidates(
         self, experts: Int64[Tensor, "tokens top_k"], first_token: int
@@ -106,40 +97,29 @@ class Reservoirs:
         """
         tokens = torch.arange(first_token, first_token + len(experts), device=experts.device)
         numbers = priorities(self._device_keys, experts, tokens)
-        return (numbers < self._thresholds()[experts]).any(1)
+        return (numbers < self._limits[experts]).any(1)
 
     def offer(self, tokens: Int64[Tensor, "tokens"], experts: Int[Tensor, "tokens top_k"]) -> None:
         """Take note of candidates, in token order, and lower the thresholds now and then."""
         numbers = priorities(self._keys, experts, tokens)
-        lower = numbers < self._thresholds().cpu()[experts.long()]
+        lower = numbers < self._limits.cpu()[experts.long()]
         self._experts = torch.cat([self._experts, experts[lower].to(torch.int16)])
         self._numbers = torch.cat([self._numbers, numbers[lower]])
         self._tokens = torch.cat([self._tokens, tokens[:, None].expand_as(experts)[lower]])
-        if len(self._numbers) > 1.25 * int(self._wanted().sum()) + _SLACK:
+        if len(self._numbers) > 1.25 * int(self._wanted.sum()) + _SLACK:
             self._shrink()
 
     def sample(self) -> Int64[Tensor, "sample"]:
-        """The tokens beyond the whole rows that are in some expert's sample, sorted."""
-        self._thresholds()
+        """The tokens that are in some expert's sample, sorted."""
         self._shrink()
         tokens: Tensor = torch.unique(self._tokens)
         return tokens
 
-    def _wanted(self) -> Int64[Tensor, "experts"]:
-        """How many tokens each expert lacks once all whole rows are in."""
-        return (self._per_expert - self._used).clamp(min=0).cpu()
-
-    def _thresholds(self) -> Int64[Tensor, "experts"]:
-        if self._limits is None:
-            self._limits = torch.where(self._used < self._per_expert, _NEVER, 0)
-        return self._limits
-
     def _shrink(self) -> None:
-        wanted = self._wanted()
-        kept = lowest(self._experts.long(), self._numbers, wanted)
-        count = self._experts[kept].long().bincount(minlength=len(wanted))
-        full = (count == wanted) & (wanted > 0)
-        limits = self._thresholds().cpu().clone()
+        kept = lowest(self._experts.long(), self._numbers, self._wanted)
+        count = self._experts[kept].long().bincount(minlength=len(self._wanted))
+        full = (count == self._wanted) & (self._wanted > 0)
+        limits = self._limits.cpu().clone()
         # Within `kept` an expert's last pair has its highest number.
         limits[full] = self._numbers[kept[(count.cumsum(0) - 1)[full]]]
         self._limits = limits.to(self.device)

@@ -66,9 +66,7 @@ class Corpus:
         """Documents that are tokens already, one list each, for models without a tokenizer."""
         sources: dict[str, Source] = {}
         for domain, given in documents.items():
-            digest = hashlib.sha256(json.dumps([list(map(int, ids)) for ids in given]).encode())
-            spec = f"token ids, sha256 {digest.hexdigest()}"
-            sources[domain] = _GivenIds(spec, domain, given)
+            sources[domain] = _GivenIds("token ids", domain, given)
         return cls(sources, packing)
 
     @property
@@ -78,8 +76,17 @@ class Corpus:
 
     @property
     def description(self) -> dict[str, Any]:
-        """Sources and packing, in words and numbers that JSON can hold."""
-        sources = {domain: source.spec for domain, source in self._sources.items()}
+        """Sources with what identifies their content, and packing, as JSON can hold them.
+
+        Reads every local file once, to hash it.
+
+        Raises:
+            CorpusError: A file cannot be read.
+        """
+        sources = {
+            domain: {"source": source.spec, **source.identity()}
+            for domain, source in self._sources.items()
+        }
         return {"sources": sources, "packing": asdict(self.packing)}
 
     def batches(self, tokenizer: Tokenizer | None, *, start_row: int = 0) -> Iterator[Batch]:
@@ -141,6 +148,10 @@ class _GivenIds:
     spec: str
     domain: str
     given: Sequence[Sequence[int]]
+
+    def identity(self) -> dict[str, str]:
+        ids = json.dumps([list(map(int, ids)) for ids in self.given])
+        return {"sha256": hashlib.sha256(ids.encode()).hexdigest()}
 
     def documents(self) -> Iterator[Document]:
         for number, ids in enumerate(self.given):

@@ -2,11 +2,13 @@
 
 import codecs
 import csv
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
 from moescope.corpora.documents import Document, TextFile
 from moescope.corpora.fields import content_of, name_of
@@ -28,6 +30,10 @@ class TextSource:
     """Name and path of every file."""
     unit: Literal["file", "lines", "paragraphs"]
     """What one document is."""
+
+    def identity(self) -> dict[str, str]:
+        """SHA-256 of names and contents."""
+        return {"sha256": files_sha256(self.files)}
 
     def documents(self) -> Iterator[Document]:
         """Stream the documents in file order."""
@@ -53,6 +59,10 @@ class JsonLinesSource:
     """The file."""
     field: str
     """Name of the field."""
+
+    def identity(self) -> dict[str, str]:
+        """SHA-256 of name and content."""
+        return {"sha256": files_sha256([(self.path.name, self.path)])}
 
     def documents(self) -> Iterator[Document]:
         """Stream the documents in file order."""
@@ -82,6 +92,10 @@ class TableSource:
     """The file."""
     column: str
     """Name of the column."""
+
+    def identity(self) -> dict[str, str]:
+        """SHA-256 of name and content."""
+        return {"sha256": files_sha256([(self.path.name, self.path)])}
 
     def documents(self) -> Iterator[Document]:
         """Stream the documents in file order."""
@@ -114,6 +128,20 @@ class TableSource:
         return Document(name_of(row, f"{self.path.name}:{line}"), content)
 
 
+def files_sha256(files: Iterable[tuple[str, Path]]) -> str:
+    """SHA-256 of the listing that `sha256sum` makes of named files; reads them in pieces.
+
+    Raises:
+        CorpusError: A file cannot be read.
+    """
+    listing = hashlib.sha256()
+    for name, path in files:
+        with _opened(path) as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        listing.update(f"{digest}  {name}\n".encode())
+    return listing.hexdigest()
+
+
 def read_text(path: Path) -> Iterator[str]:
     """Stream a UTF-8 file as strings of about 64 thousand characters.
 
@@ -136,7 +164,7 @@ def read_text(path: Path) -> Iterator[str]:
                 return
 
 
-def _opened(path: Path) -> BinaryIO:
+def _opened(path: Path) -> BufferedReader:
     try:
         return path.open("rb")
     except OSError as error:

@@ -2,10 +2,15 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from moescope.corpora.documents import Document
 from moescope.corpora.fields import content_of, name_of
+from moescope.corpora.files import files_sha256
 from moescope.errors import CorpusError
+
+_SECONDS = 10.0
+"""The Hub has this long to say which commit it would serve."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,16 @@ class HubSource:
     """For example `train`, or `train[:100]` where the library allows it."""
     column: str
     """Name of the column that holds text or chat messages."""
+
+    def identity(self) -> dict[str, str]:
+        """SHA-256 of a local folder, or commit on the Hub; nothing if the Hub does not answer."""
+        folder = Path(self.dataset)
+        if folder.is_dir():
+            paths = sorted(path for path in folder.rglob("*") if path.is_file())
+            named = ((path.relative_to(folder).as_posix(), path) for path in paths)
+            return {"sha256": files_sha256(named)}
+        commit = _commit(self.dataset)
+        return {} if commit is None else {"revision": commit}
 
     def documents(self) -> Iterator[Document]:
         """Stream the documents in the order of the data set."""
@@ -46,3 +61,13 @@ class HubSource:
                 expected="hf:ID:CONFIG:SPLIT:COLUMN (CONFIG may be empty)",
                 remedy="Check the name and the split; a Hub id needs the network the first time",
             ) from error
+
+
+def _commit(dataset: str) -> str | None:
+    from huggingface_hub import HfApi
+
+    # Whatever is wrong, reading the data set will say it; a finished capture opens without it.
+    try:
+        return HfApi().dataset_info(dataset, timeout=_SECONDS).sha
+    except Exception:
+        return None

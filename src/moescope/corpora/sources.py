@@ -12,7 +12,7 @@ builtin:NAME               a domain of the built-in corpus
 
 import glob
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -38,6 +38,10 @@ class Source(Protocol):
     @property
     def spec(self) -> str:
         """The source as the user wrote it."""
+        ...
+
+    def identity(self) -> Mapping[str, str]:
+        """What tells that the content is the same; for local files their SHA-256."""
         ...
 
     def documents(self) -> Iterator[Document]:

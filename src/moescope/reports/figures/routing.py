@@ -18,18 +18,20 @@ COLUMNS = {
     "uniform": "K/E: the share of every expert if all were used alike.",
     "low, high": "95% interval of the share, over documents.",
     "entropy_bits": "Entropy of expert use; its maximum means that all experts are used alike.",
-    "router_entropy_bits": "Mean entropy of one token's router probabilities.",
+    "router_entropy_bits": "Mean entropy of the softmax over one token's router logits.",
     "experts_for_half": "Least number of experts that take half of the routing.",
     "busiest_share, least_share": "Largest and smallest share of the layer.",
     "js_bits": "Jensen-Shannon divergence between the expert use of two domains.",
     "null_mean, null_p95": "Mean and 95th percentile of it when documents are shuffled.",
     "excess": "js_bits above null_mean.",
     "p_value": "Part of the shuffles that reach js_bits.",
+    "p_corrected": "The same, times the number of comparisons (Bonferroni).",
 }
 
 _USED = ["domain", "layer", "expert", "tokens", "share", "uniform", "low", "high"]
 _MOST_SEPARATE_EXPERTS = 16
 _MOST_DOMAIN_PAIRS = 12
+_CLEAR = "p <= 0.05, corrected"
 
 
 @figures(
@@ -184,7 +186,7 @@ def _lines(frame: pd.DataFrame, names: dict[str, str], title: str) -> alt.Chart:
 def _divergence(divergence: pd.DataFrame) -> Figure:
     frame = divergence.assign(
         domains=divergence["domain_a"] + " / " + divergence["domain_b"],
-        beyond=np.where(divergence["p_value"] < 0.05, "p < 0.05", "within the null"),
+        beyond=np.where(divergence["p_corrected"] <= 0.05, _CLEAR, "not clear"),
     )
     ranked = frame.groupby("domains")["excess"].mean().sort_values(ascending=False, kind="stable")
     order = ranked.index[:_MOST_DOMAIN_PAIRS].tolist()
@@ -193,7 +195,7 @@ def _divergence(divergence: pd.DataFrame) -> Figure:
     base = alt.Chart(frame[frame["domains"].isin(order)])
     band = base.mark_bar(style="null-band", tooltip=None).encode(x, alt.Y("null_p95:Q"))
     line = base.mark_line(tooltip=None).encode(x, top)
-    states = alt.Scale(domain=["p < 0.05", "within the null"], range=["circle", "cross"])
+    states = alt.Scale(domain=[_CLEAR, "not clear"], range=["circle", "cross"])
     points = base.mark_point(filled=True, size=40, opacity=1).encode(
         x,
         top,
@@ -205,6 +207,7 @@ def _divergence(divergence: pd.DataFrame) -> Figure:
             tip("null_mean", "shuffled, mean"),
             tip("null_p95", "shuffled, 95th percentile"),
             tip("p_value", "p"),
+            tip("p_corrected", "p, corrected"),
             tip("n_tokens", "tokens per domain", ","),
             tip("n_documents", "documents", ","),
         ],
@@ -214,8 +217,9 @@ def _divergence(divergence: pd.DataFrame) -> Figure:
         name="routing-divergence",
         title="Do two domains use different experts, beyond chance?",
         how_to_read="The line is the Jensen-Shannon divergence between two domains; the grey bar "
-        "reaches to the 95th percentile of the same number with documents shuffled. Only what "
-        "rises above the bar is a difference between the domains."
+        "reaches to the 95th percentile of the same number with documents shuffled, above which "
+        "one in twenty rises by chance. Round marks are clear after correction for all layers "
+        "and pairs."
         + (f" The {left_out} pairs with the least excess are in the table." if left_out else ""),
         limits="It does not say which expert makes the difference, nor that the difference "
         "matters to the model.",
