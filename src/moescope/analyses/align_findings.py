@@ -36,7 +36,7 @@ def _evidence(scored: pd.DataFrame, pairs: str) -> Finding:
     else:
         text = (
             f"Of {pairs}, {above} of the {len(tested)} with an interval have a score whose 95% "
-            f"interval lies above zero (about {CHANCE * len(tested):.1f} would by chance)."
+            f"interval lies above zero (at most about {CHANCE * len(tested):.1f} would by chance)."
         )
         interval = f"95% interval {best.score_low:.2f} to {best.score_high:.2f}, not corrected"
     text += (
