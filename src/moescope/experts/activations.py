@@ -1,6 +1,5 @@
 """The nonlinearities of experts, by the names that model configurations use."""
 
-import difflib
 from collections.abc import Callable
 from functools import partial
 
@@ -8,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from moescope.errors import OptionError
+from moescope.errors import unknown
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -37,10 +36,5 @@ def activation(name: str) -> Activation:
         OptionError: There is no such activation.
     """
     if name not in ACTIVATIONS:
-        close = difflib.get_close_matches(name, ACTIVATIONS, n=1)
-        raise OptionError(
-            f"unknown activation {name!r}",
-            expected=", ".join(ACTIVATIONS),
-            remedy=f"Did you mean {close[0]!r}?" if close else None,
-        )
+        raise unknown("activation", name, ACTIVATIONS)
     return ACTIVATIONS[name]
