@@ -1,6 +1,8 @@
 import pytest
 
 import moescope
+from moescope.analyses.registry import find
+from moescope.config import build
 from moescope.errors import CaptureError, OptionError
 from moescope.scheduler import plan
 
@@ -40,7 +42,18 @@ def test_a_study_captures_what_is_needed_and_resumes(tiny, tmp_path, monkeypatch
 
 def test_the_union_of_needs_is_recorded(tiny, tmp_path):
     config = CONFIG | {"analyses": {"routing": {}, "align": {"source": 1, "target": 2}}}
-    assert plan(tiny, tmp_path, config).record == ("inputs", "routing")
+    planned = plan(tiny, tmp_path, config)
+    assert planned.record == ("inputs", "routing")
+    assert set(planned.seconds) == {"capture", "align"}
+    # Half the sources, half the time; the other direction costs the same.
+    half = config["analyses"]["align"] | {"source_experts": (0, 1, 2, 3)}
+    entry = find("align")
+    works = [
+        entry.work(tiny, build(entry.options, o, "align"))
+        for o in (half, {"source": 2, "target": 1})
+    ]
+    assert works[1] == 2 * works[0]
+    assert "align: to do, about" in str(planned)
 
 
 def test_a_capture_of_another_text_is_not_replaced(tiny, tmp_path):

@@ -25,6 +25,7 @@ from moescope.progress import track
 from moescope.runs import Run
 
 TIMED_BATCHES = 3  # the first of them only warms up
+SHARE_OF_PEAK = 0.5  # of matrix products alone, that fits with all around them reach
 CAPTURE_OVERHEAD = 1.35  # of a capture with block inputs, against plain forward passes
 
 
@@ -58,23 +59,28 @@ class Plan:
     """Tensors to record."""
     tokens: int
     """Tokens to run through the model, padding not counted."""
-    seconds: float
-    """Estimate for the capture, from timed forward passes on this machine."""
+    seconds: Mapping[str, float]
+    """Estimate for each step to do, from forward passes and matrix products timed here."""
     disk_bytes: int
     """Upper bound for the capture."""
     memory_bytes: int
     """Weights of the model and the capture's buffer."""
+
+    def _state(self, step: str) -> str:
+        if step not in self.seconds:
+            return self.steps[step]
+        return f"{self.steps[step]}, about {self.seconds[step]:,.0f} s"
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as plain values."""
         return asdict(self)
 
     def __str__(self) -> str:
-        steps = "\n".join(f"  {name}: {state}" for name, state in self.steps.items())
+        steps = "\n".join(f"  {name}: {self._state(name)}" for name in self.steps)
         return (
             f"Study of {self.model} in {self.run}\n{steps}\n"
             f"Recording {', '.join(self.record)} over {self.tokens:,} tokens\n"
-            f"  time    about {self.seconds:,.0f} s for the capture; analyses not estimated\n"
+            f"  time    about {sum(self.seconds.values()):,.0f} s\n"
             f"  disk    at most {self.disk_bytes / 2**20:,.0f} MiB\n"
             f"  memory  about {self.memory_bytes / 2**20:,.0f} MiB"
         )
@@ -120,21 +126,26 @@ def plan(
     run = Run(out)
     captured = Capture.exists(run)
     steps = {"capture": "done" if captured else "to do"}
+    seconds: dict[str, float] = {}
     for entry, entry_options in chosen:
         done = captured and entry.is_done(Material(run, model), entry_options)
         steps[entry.name] = "done" if done else "to do"
+        if not done and entry.work is not None:
+            seconds[entry.name] = entry.work(model, entry_options) / _operations_per_second()
     tokens, rows = 0, 0
     for batch in track(corpus.batches(model.tokenizer), "reading the text"):
         tokens += int(batch.attention_mask.sum())
         rows += len(batch.input_ids)
-    batches = list(islice(corpus.batches(model.tokenizer), TIMED_BATCHES))
+    if not captured:
+        batches = list(islice(corpus.batches(model.tokenizer), TIMED_BATCHES))
+        seconds["capture"] = _seconds_per_row(model, batches) * rows * CAPTURE_OVERHEAD
     return Plan(
         run=run.path,
         model=model.name,
         steps=steps,
         record=options.record,
         tokens=tokens,
-        seconds=_seconds_per_row(model, batches) * rows * CAPTURE_OVERHEAD,
+        seconds=seconds,
         disk_bytes=_disk_bytes(model, options, tokens),
         memory_bytes=_weight_bytes(model) + 2 * (SHARD_BYTES + SPILL_BYTES),
     )
@@ -177,6 +188,17 @@ def _seconds_per_row(model: MoEModel, batches: list[Batch]) -> float:
             )
         seconds.append((time.perf_counter() - start) / len(batch.input_ids))
     return min(seconds[1:] or seconds)
+
+
+def _operations_per_second() -> float:
+    """Of products of matrices as small as those of a fit, in fp32, at the share a fit reaches."""
+    left = torch.randn(8, 256, 256)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        torch.bmm(left, left)
+        seconds.append(time.perf_counter() - start)
+    return SHARE_OF_PEAK * 2 * left.numel() * left.shape[-1] / min(seconds)
 
 
 def _weight_bytes(model: MoEModel) -> int:

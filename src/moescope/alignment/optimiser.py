@@ -9,6 +9,10 @@ from torch import Tensor
 from moescope.alignment.options import SolverOptions
 from moescope.alignment.stack import AdapterStack
 
+ROUNDS = 3
+PRODUCTS = 3 * ROUNDS
+"""Matrix products of one step's `newton_schulz`."""
+
 
 def newton_schulz(matrix: Float[Tensor, "fits rows columns"]) -> Float[Tensor, "fits rows columns"]:
     """Nearly the orthogonal polar factor: Muon's quintic iteration (Jordan et al. 2024).
@@ -16,7 +20,7 @@ def newton_schulz(matrix: Float[Tensor, "fits rows columns"]) -> Float[Tensor, "
     Three rounds do as well here as the usual five.
     """
     x: Tensor = matrix / (matrix.norm(dim=(-2, -1), keepdim=True) + 1e-20)
-    for _ in range(3):
+    for _ in range(ROUNDS):
         gram = torch.bmm(x, x.mT)
         polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
         x = torch.baddbmm(x, polynomial, x, beta=3.4445)

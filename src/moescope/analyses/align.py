@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from moescope.alignment.options import FitOptions, SolverOptions
+from moescope.alignment.optimiser import PRODUCTS
+from moescope.alignment.options import RANDOM_SEEDS, FitOptions, SolverOptions
 from moescope.alignment.pairs import fit_pairs
 from moescope.alignment.result import AlignmentResult
 from moescope.alignment.samples import Samples
@@ -23,7 +24,7 @@ from moescope.analyses.registry import analysis
 from moescope.captures.read import Capture, Recorded
 from moescope.config import IntList
 from moescope.errors import OptionError
-from moescope.models.view import MoELayer
+from moescope.models.view import MoELayer, MoEModel
 from moescope.progress import track
 from moescope.runs import Finding, Result, library_versions
 
@@ -67,11 +68,26 @@ class AlignOptions:
             )
 
 
+def operations(model: MoEModel, options: AlignOptions) -> float:
+    """Floating-point operations of all fits: steps forth and back, and Muon's matrix products."""
+    source, target = (model.layer(n) for n in (options.source, options.target))
+    sources = _experts(source, options.source_experts)
+    targets = _experts(target, options.target_experts)
+    solver, hidden = SolverOptions(), source.hidden_size
+    each = len(targets)
+    if options.controls:
+        each += len(targets) * RANDOM_SEEDS + RANDOM_SEEDS + 1
+    step = 6 * solver.batch_tokens * hidden * (hidden + 3 * target.intermediate_size)
+    step += PRODUCTS * 2 * hidden**3
+    return float(len(sources) * each * solver.steps * step)
+
+
 @analysis(
     question="Can experts of one layer be imitated by experts of another, up to a change of input?",
     source="MoE Align; held-out error, controls, score and intervals ours",
     needs={"inputs", "routing", "weights"},
     options=AlignOptions,
+    work=operations,
 )
 def align(material: Material, options: AlignOptions) -> Result:
     """Fit an adapter for every pair of experts, beside controls; resumes by source expert."""

@@ -40,6 +40,8 @@ class Analysis(Generic[Options]):
     """Dataclass of its options."""
     compute: Compute[Options]
     """The function: material and options in, result out."""
+    work: Callable[[MoEModel, Options], float] | None = None
+    """About how many floating-point operations it takes; None where that is little."""
 
     def __call__(
         self,
@@ -93,7 +95,12 @@ class Analysis(Generic[Options]):
 
 
 def analysis(
-    *, question: str, source: str, needs: set[Need], options: type[Options]
+    *,
+    question: str,
+    source: str,
+    needs: set[Need],
+    options: type[Options],
+    work: Callable[[MoEModel, Options], float] | None = None,
 ) -> Callable[[Compute[Options]], Analysis[Options]]:
     """Register the decorated function under its own name.
 
@@ -113,6 +120,7 @@ def analysis(
             needs=frozenset(needs),
             options=options,
             compute=compute,
+            work=work,
         )
         return _REGISTRY[name]
 
