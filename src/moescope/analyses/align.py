@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from moescope.alignment.optimiser import PRODUCTS
@@ -134,7 +134,7 @@ def held_out_documents(capture: Capture, options: AlignOptions) -> Bool[Tensor, 
 
     A domain of at least two documents gives at least one and keeps at least one.
     """
-    domain_of = _domain_of_document(capture)
+    domain_of = capture.document_domains
     random = np.random.default_rng(options.seed)
     held_out = torch.zeros(len(domain_of), dtype=torch.bool)
     for domain in range(len(capture.domains)):
@@ -144,14 +144,8 @@ def held_out_documents(capture: Capture, options: AlignOptions) -> Bool[Tensor, 
     return held_out
 
 
-def _domain_of_document(capture: Capture) -> Int64[Tensor, " documents"]:
-    domain_of = torch.full((len(capture.document_names),), -1)
-    domain_of[capture.documents] = capture.domain_of
-    return domain_of
-
-
 def _unmeasured_domains(capture: Capture, held_out: Bool[Tensor, " documents"]) -> list[Finding]:
-    measured = set(_domain_of_document(capture)[held_out].tolist())
+    measured = set(capture.document_domains[held_out].tolist())
     missing = [name for n, name in enumerate(capture.domains) if n not in measured]
     if not missing:
         return []

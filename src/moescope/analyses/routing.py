@@ -55,7 +55,7 @@ class LayerRouting:
 def routing(material: Material, options: RoutingOptions) -> Result:
     """Expert use by layer and domain, entropy, and divergence between domains."""
     capture = material.capture
-    domain_of_document = document_domains(capture)
+    domain_of_document = capture.document_domains.numpy()
     layers = [count_layer(capture, n) for n in track(capture.layers, "counting routing")]
     tokens = np.bincount(capture.documents.numpy(), minlength=len(domain_of_document))
     divergence = divergence_table(layers, domain_of_document, capture.domains, options)
@@ -69,13 +69,6 @@ def routing(material: Material, options: RoutingOptions) -> Result:
         findings=findings(layers, divergence, options),
         provenance={"seed": options.seed},
     )
-
-
-def document_domains(capture: Capture) -> Array:
-    """Domain index of every document, [documents]; -1 for one without kept tokens."""
-    domains = np.full(len(capture.document_names), -1)
-    domains[capture.documents.numpy()] = capture.domain_of.numpy()
-    return domains
 
 
 def count_layer(capture: Capture, layer: int) -> LayerRouting:

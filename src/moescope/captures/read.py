@@ -132,6 +132,13 @@ class Capture:
         return self._column("domains").long()
 
     @cached_property
+    def document_domains(self) -> Int64[Tensor, "documents"]:
+        """Index into `domains` of every document; -1 for one without kept tokens."""
+        domains = torch.full((len(self.document_names),), -1)
+        domains[self.documents] = self.domain_of
+        return domains
+
+    @cached_property
     def rows(self) -> Int64[Tensor, "tokens"]:
         """Row of the corpus of every token."""
         return self._column("rows").long()
