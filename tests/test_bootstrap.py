@@ -1,4 +1,4 @@
-"""BCa intervals: against scipy, and how often they cover."""
+"""Intervals over documents: against a direct loop, and how often they hold the truth."""
 
 import math
 
@@ -6,81 +6,133 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from moescope.measures.bootstrap import bca_interval, leave_one_out_totals, resampled_totals
+from moescope.alignment import score
+from moescope.alignment.score import Errors, fvu_interval, score_of
+from moescope.measures.bootstrap import expanded_level, ratio_interval, resampled_counts
 
 
-def ratio(totals):
-    return totals[:, 0] / totals[:, 1]
+def by_token(number, seed):
+    """Documents of uneven length; squared errors of tokens with heavy tails. The true FVU is 0.3.
+
+    Sums per document of error and of variance.
+    """
+    g = np.random.default_rng(seed)
+    length = np.maximum(5, g.lognormal(4, 0.8, number).astype(int))
+    of = np.repeat(np.arange(number), length)
+    variance = g.gamma(2, 1 / 2, len(of))
+    difficulty = g.lognormal(-(0.3**2) / 2, 0.3, number)[of]
+    error = 0.3 * difficulty * 1.5 * g.pareto(2.5, len(of))  # this Pareto has mean 1 / 1.5
+    return np.bincount(of, error, number), np.bincount(of, variance, number)
 
 
-def interval(sums, draws, generator):
-    replicates = ratio(resampled_totals(sums, draws, generator))
-    estimate = float(ratio(sums.sum(0, keepdims=True))[0])
-    return bca_interval(estimate, replicates, ratio(leave_one_out_totals(sums)))
+def test_against_a_direct_loop():
+    error, total = by_token(40, 0)
+
+    def log_ratio(a, b):
+        """With its standard error by the delta method."""
+        ratio = a.sum() / b.sum()
+        return math.log(ratio), math.sqrt(((a - ratio * b) ** 2).sum()) / (ratio * b.sum())
+
+    estimate, spread = log_ratio(error, total)
+    distances = []
+    for count in resampled_counts(40, 500, np.random.default_rng(3)):
+        drawn = np.repeat(np.arange(40), count.astype(int))
+        moved, own = log_ratio(error[drawn], total[drawn])
+        distances.append(abs(moved - estimate) / own)
+    reach = np.quantile(distances, 0.95) * spread
+    low, high = ratio_interval(np.stack([error, 2 * error], axis=1), total, resamples=500, seed=3)
+    expected = np.exp([estimate - reach, estimate + reach])
+    np.testing.assert_allclose([low[0], high[0]], expected)
+    np.testing.assert_allclose([low[1], high[1]], 2 * expected)
 
 
-def documents(generator, number):
-    """Sizes and errors per document, skewed; the true ratio is 0.5."""
-    size = generator.lognormal(4, 0.6, number)
-    return np.stack([size * 0.5 * generator.gamma(4, 1 / 4, number), size], axis=1)
-
-
-def nominal(units):
-    """The level that a plain BCa interval must be asked for: Hesterberg's expansion."""
-    t = stats.t(units - 1).ppf(0.975) * (units / (units - 1)) ** 0.5
-    return 2 * stats.norm.cdf(t) - 1
-
-
-def test_equals_scipy():
-    sums = documents(np.random.default_rng(0), 60)
-    low, high = interval(sums, 20_000, np.random.default_rng(1))
-    reference = stats.bootstrap(
-        (sums[:, 0], sums[:, 1]),
-        lambda a, b, axis=-1: a.sum(axis) / b.sum(axis),
-        paired=True,
-        vectorized=True,
-        method="BCa",
-        n_resamples=20_000,
-        confidence_level=nominal(60),
-        rng=np.random.default_rng(2),
-    ).confidence_interval
-    width = high - low
-    assert low == pytest.approx(reference.low, abs=0.03 * width)
-    assert high == pytest.approx(reference.high, abs=0.03 * width)
-
-
-def test_same_replicates_give_scipys_limits():
-    """With the very same replicates, only the formula is left to differ."""
-    values = np.random.default_rng(0).exponential(size=40)
-    result = stats.bootstrap(
-        (values,),
-        np.mean,
-        method="BCa",
-        n_resamples=2_000,
-        confidence_level=nominal(40),
-        rng=np.random.default_rng(1),
-    )
-    jackknife = (values.sum() - values) / 39
-    low, high = bca_interval(float(values.mean()), result.bootstrap_distribution, jackknife)
-    assert low == pytest.approx(result.confidence_interval.low, rel=1e-3)
-    assert high == pytest.approx(result.confidence_interval.high, rel=1e-3)
+def test_of_many_even_documents_is_the_normal_interval():
+    g = np.random.default_rng(0)
+    total = np.ones(3_000)
+    error = 0.5 + 0.1 * g.standard_normal(3_000)
+    low, high = fvu_interval(error, total, 0)
+    half = stats.norm.ppf(0.975) * 0.1 / math.sqrt(3_000)
+    assert low == pytest.approx(error.mean() - half, abs=0.1 * half)
+    assert high == pytest.approx(error.mean() + half, abs=0.1 * half)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [30, 60])
-def test_coverage_in_1000_draws(number):
-    generator = np.random.default_rng(number)
-    hits = 0
-    for _ in range(1_000):
-        low, high = interval(documents(generator, number), 1_000, generator)
-        hits += low <= 0.5 <= high
-    # The binomial standard error at 1,000 draws is 0.7 points.
-    print(number, hits / 1_000)
-    assert 0.92 <= hits / 1_000 <= 0.97
+@pytest.mark.parametrize("number", [30, 60, 120])
+def test_coverage_of_the_fvu_in_1000_draws(number):
+    """The binomial standard error at 1,000 draws is 0.7 points."""
+    limits = np.array(
+        [ratio_interval_of(by_token(number, 1_000 * number + i), i) for i in range(1_000)]
+    )
+    low, high = (limits[:, 0] > 0.3).mean(), (limits[:, 1] < 0.3).mean()
+    print(number, "covered", 1 - low - high, "above", low, "below", high)
+    assert 0.925 <= 1 - low - high <= 0.975
 
 
-def test_no_interval_out_of_nothing():
-    nan = math.nan
-    assert all(map(math.isnan, bca_interval(nan, np.ones(10), np.ones(3))))
-    assert all(map(math.isnan, bca_interval(1.0, np.array([nan, nan, 1.0]), np.ones(3))))
-    assert bca_interval(1.0, np.ones(100), np.ones(30)) == (1.0, 1.0)
+def ratio_interval_of(sums, seed):
+    error, total = sums
+    low, high = ratio_interval(error[:, None], total, resamples=400, seed=seed)
+    return low[0], high[0]
+
+
+def test_limits_out_of_little():
+    total = np.arange(1.0, 31)
+    same, none, one = 0.4 * total, 0 * total, np.eye(30)[0]
+    low, high = ratio_interval(np.stack([same, none, one], axis=1), total, resamples=500, seed=0)
+    np.testing.assert_allclose([low[0], high[0]], 0.4)
+    assert (low[1], high[1]) == (0, 0)
+    assert 0 < low[2] < 1 / total.sum() < high[2] < 10 / total.sum()
+    few = ratio_interval(same[:29, None], total[:29], resamples=500, seed=0)
+    assert np.isnan(few).all()
+
+
+def test_expanded_level():
+    """At 30 units, t of 29 degrees of freedom times sqrt(30 / 29): 2.045 * 1.017 = 2.080."""
+    assert expanded_level(30) == pytest.approx(1 - 2 * stats.norm.sf(2.0802), abs=1e-4)
+    assert expanded_level(10_000) == pytest.approx(0.95, abs=1e-4)
+
+
+def exchangeable(seed, *, second_kind=0.0, better=0.0, linear=2.0, spread=0.03):
+    """A pair that is one more random target of the first kind, but for being `better`.
+
+    Documents of uneven length and difficulty; errors of each with skewed noise.
+    """
+    g = np.random.default_rng(seed)
+    length, difficulty = g.lognormal(0, 0.8, 60), g.lognormal(0, 0.5, 60)
+
+    def errors_at(level):
+        return length * difficulty * level * g.gamma(10, 1 / 10, 60)
+
+    levels = 0.7 + spread * g.standard_normal((2, 5)) + [[0.0], [second_kind]]
+    return Errors(
+        total=length * g.lognormal(0.5**2 / 2 - 0.4**2 / 2, 0.4, 60),
+        pair=errors_at(0.7 + spread * g.standard_normal() - better),
+        linear=errors_at(linear),
+        ceiling=errors_at(0.2),
+        random=np.array([[errors_at(level) for level in kind] for kind in levels]),
+    )
+
+
+def share_found(monkeypatch, number, **settings):
+    """Share of simulated data sets with a score above zero beyond doubt."""
+    monkeypatch.setattr(score, "_DRAWS", 400)
+    found = [score_of(exchangeable(seed, **settings), seed).low > 0 for seed in range(number)]
+    print(settings, np.mean(found))
+    return np.mean(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spread", [0.005, 0.03])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"second_kind": 0.1}, {"linear": 0.7}],
+    ids=["kinds alike", "one kind stronger", "linear map as good as they"],
+)
+def test_a_random_expert_in_the_place_of_the_pair_is_rarely_found(monkeypatch, settings, spread):
+    assert share_found(monkeypatch, 1_000, spread=spread, **settings) <= 0.03
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("second_kind", [0.0, 0.1])
+def test_a_better_pair_is_found(monkeypatch, second_kind):
+    """By eight standard deviations of the random targets: five seeds a kind find no less."""
+    assert share_found(monkeypatch, 1_000, better=0.25, second_kind=second_kind) > 0.8

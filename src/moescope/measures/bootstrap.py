@@ -1,73 +1,25 @@
-"""Intervals over documents for statistics of sums, by the BCa bootstrap.
+"""Intervals over documents for ratios of sums, by the studentised bootstrap.
 
-A ratio such as an FVU is a function of column totals. Resampling documents with replacement
-resamples these totals, so one matrix product gives all draws at once.
+A ratio such as an FVU and its standard error are functions of column totals. Resampling documents
+with replacement resamples these totals, so a few matrix products give all draws at once.
 """
 
 import math
 
 import numpy as np
 from jaxtyping import Float
-from scipy.special import ndtr, ndtri, stdtrit
+from scipy.special import ndtr, stdtrit
 
 FEWEST_UNITS = 30
 """Documents below which no interval is given: with fewer it covers too little."""
+_LEVEL = 0.95
 
 
-def resampled_totals(
-    sums: Float[np.ndarray, "units columns"], draws: int, generator: np.random.Generator
-) -> Float[np.ndarray, "draws columns"]:
-    """Column totals of `draws` samples of the units, with replacement."""
-    units = len(sums)
-    counts = generator.multinomial(units, np.full(units, 1 / units), size=draws)
-    totals: np.ndarray = counts @ sums
-    return totals
-
-
-def leave_one_out_totals(
-    sums: Float[np.ndarray, "units columns"],
-) -> Float[np.ndarray, "units columns"]:
-    """Column totals without each unit in turn."""
-    totals: np.ndarray = sums.sum(0) - sums
-    return totals
-
-
-def expanded_quantile(level: float, units: int) -> float:
-    """Normal quantile at which a percentile interval of `units` covers `level`."""
-    return float(stdtrit(units - 1, (1 + level) / 2) * math.sqrt(units / (units - 1)))
-
-
-def bca_interval(
-    estimate: float,
-    replicates: Float[np.ndarray, " draws"],
-    jackknife: Float[np.ndarray, " units"],
-    level: float = 0.95,
-) -> tuple[float, float]:
-    """Bias-corrected and accelerated interval (Efron 1987; DiCiccio and Efron 1996, eq. 2.3).
-
-    The nominal level is expanded from normal to t quantiles, times sqrt(n / (n - 1)), as the
-    bootstrap knows nothing of the narrowness of small samples (Hesterberg 2015, section 4.3).
-
-    Args:
-        estimate: The statistic on the sample itself.
-        replicates: The statistic on resampled samples; those that are not finite are left out.
-        jackknife: The statistic without each unit.
-        level: Wanted coverage.
-
-    Returns:
-        The limits; NaN where fewer than half of the replicates are finite.
-    """
-    finite = replicates[np.isfinite(replicates)]
-    if 2 * len(finite) < len(replicates) or not math.isfinite(estimate):
-        return math.nan, math.nan
-    below = ((finite < estimate).sum() + 0.5 * (finite == estimate).sum()) / len(finite)
-    bias = ndtri(np.clip(below, 0.5 / len(finite), 1 - 0.5 / len(finite)))
-    distance = jackknife.mean() - jackknife
-    spread = (distance**2).sum()
-    acceleration = (distance**3).sum() / (6 * spread**1.5) if spread > 0 else 0.0
-    normal = bias + expanded_quantile(level, len(jackknife)) * np.array([-1.0, 1.0])
-    low, high = np.quantile(finite, ndtr(bias + normal / (1 - acceleration * normal)))
-    return float(low), float(high)
+def resampled_counts(
+    units: int, draws: int, generator: np.random.Generator
+) -> Float[np.ndarray, "draws units"]:
+    """How often each unit comes in each of `draws` samples of the units, with replacement."""
+    return generator.multinomial(units, np.full(units, 1 / units), size=draws).astype(float)
 
 
 def ratio_interval(
@@ -77,21 +29,57 @@ def ratio_interval(
     resamples: int,
     seed: int,
 ) -> tuple[Float[np.ndarray, " columns"], Float[np.ndarray, " columns"]]:
-    """95% BCa limits of each column's total over the total of the denominators.
+    """95% limits of each column's total over the total of the denominators; none is negative.
+
+    The symmetric studentised interval on the log scale (Hall 1988, sections 3 and 4): the estimate
+    times or divided by `exp(q * error)`, with the linearised standard error of the log ratio and
+    q the 95% quantile of `|log ratio* - log ratio| / error*` over resampled units. Long documents
+    and heavy tails widen q itself, which percentile intervals, BCa among them, cannot do.
 
     NaN where there are fewer than `FEWEST_UNITS` units: below it the interval covers too little.
+    A ratio of zero has limits of zero.
     """
-    columns = numerators.shape[1]
-    if len(denominators) < FEWEST_UNITS:
+    units, columns = numerators.shape
+    if units < FEWEST_UNITS:
         return np.full(columns, np.nan), np.full(columns, np.nan)
-    sums = np.column_stack([numerators, denominators])
-    point = sums.sum(0, keepdims=True)
-    draws = resampled_totals(sums, resamples, np.random.default_rng(seed))
-    ratios = [
-        totals[:, :-1] / totals[:, -1:] for totals in (point, draws, leave_one_out_totals(sums))
-    ]
-    limits = [
-        bca_interval(float(p[0]), d, j) for p, d, j in zip(*(r.T for r in ratios), strict=True)
-    ]
-    low, high = np.array(limits).T
-    return low, high
+    ratio = numerators.sum(0) / denominators.sum()
+    residuals = numerators - ratio * denominators[:, None]
+    _, error = _moved(np.ones((1, units)), ratio, residuals, denominators)
+    counts = resampled_counts(units, resamples, np.random.default_rng(seed))
+    moved, errors = _moved(counts, ratio, residuals, denominators)
+    reach = np.empty(columns)
+    for i in range(columns):
+        # A draw with a ratio of zero has no log. One without any spread is the estimate itself.
+        usable = np.isfinite(moved[:, i]) & (errors[:, i] > 0)
+        distances = np.abs(moved[usable, i]) / errors[usable, i]
+        reach[i] = np.quantile(distances, _LEVEL) * error[0, i] if usable.any() else 0.0
+    return ratio * np.exp(-reach), ratio * np.exp(reach)
+
+
+@np.errstate(divide="ignore", invalid="ignore")  # a ratio of zero
+def _moved(
+    counts: Float[np.ndarray, "draws units"],
+    ratio: Float[np.ndarray, " columns"],
+    residuals: Float[np.ndarray, "units columns"],
+    denominators: Float[np.ndarray, " units"],
+) -> tuple[Float[np.ndarray, "draws columns"], Float[np.ndarray, "draws columns"]]:
+    """How far each draw's log ratio lies from the log of `ratio`, and its standard error."""
+    total = (counts @ denominators)[:, None]
+    step = counts @ residuals / total  # from `ratio` to the draw's own
+    squares = (
+        counts @ residuals**2
+        - 2 * step * (counts @ (residuals * denominators[:, None]))
+        + step**2 * (counts @ denominators**2)[:, None]
+    )
+    own = (ratio + step) * total
+    return np.log1p(step / ratio), np.sqrt(np.maximum(squares, 0)) / own
+
+
+def expanded_level(units: int) -> float:
+    """Level at which percentiles over resamples of `units` cover 95% (Hesterberg 2015, 4.3).
+
+    From normal to t quantiles, times sqrt(n / (n - 1)): the bootstrap knows nothing of the
+    narrowness of small samples.
+    """
+    quantile = stdtrit(units - 1, (1 + _LEVEL) / 2) * math.sqrt(units / (units - 1))
+    return float(2 * ndtr(quantile) - 1)
