@@ -91,26 +91,6 @@ def test_numbers_belong_together(planted):
         assert not [name for name, value in result.row().items() if value != value]
 
 
-@pytest.fixture
-def one_thread():
-    """Put the number of threads back."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-def test_the_same_seed_gives_the_same_numbers_in_any_chunks(planted, one_thread):
-    source, x, targets, _ = planted
-    train, held_out = samples(source, x)
-    rows = []
-    for size, threads in ((1, 1), (2**22, 2), (2**30, 1)):
-        torch.set_num_threads(threads)
-        options = FitOptions(solver=SolverOptions(steps=60, chunk_bytes=size), seed=7)
-        found = fit_pairs(train, held_out, targets, source=source, options=options)
-        rows.append({name: r.row() for name, r in found.items()})
-    assert rows[0] == rows[1] == rows[2]
-
-
 def test_other_seeds_give_other_numbers():
     source, target = expert(seed=1), expert(seed=3)
     train, held_out = samples(source, normalised(600))
@@ -133,7 +113,7 @@ def test_the_global_random_state_is_left_alone():
 def test_never_above_the_constant_adapter():
     """Outputs without any relation to the inputs: whatever is learned is noise."""
     x = normalised(800)
-    y = torch.randn(800, 16, generator=torch.Generator().manual_seed(1)) + 1
+    y = torch.randn(800, 16, generator=torch.Generator().manual_seed(1))
     everything = Samples(x, y, documents(800, 80))
     last = everything.documents >= 40
     result = fit(everything.where(~last), everything.where(last), expert(seed=3), controls=False)
@@ -238,6 +218,59 @@ def test_statuses_in_their_order():
     train, held_out = samples(wide, normalised(300, 64))
     short = fit(train, held_out, expert(64, 24, seed=3), source=wide, solver=QUICK)
     assert short.status in ("underdetermined", "undefined")
+
+
+def test_too_few_tokens_for_a_full_matrix_get_a_low_rank_one():
+    """150 tokens at 64 dimensions: rank 18, for the controls too, and the columns say so."""
+    source, target = expert(64, 24, seed=1), expert(64, 24, seed=3)
+    train, held_out = samples(source, normalised(200, 64))
+    assert len(train) == 150
+    known = normalised(200, 64, seed=9)
+    arguments = {"source": source, "target_inputs": known, "solver": QUICK}
+    short = fit(train, held_out, target, **arguments)
+    told = fit(train, held_out, target, form="low_rank", rank=18, **arguments)
+    assert (short.form, short.rank, short.adapter.form, short.adapter.rank) == (
+        *("low_rank", 18),
+        *("low_rank", 18),
+    )
+    assert short.row() == told.row()
+    assert short.adapter_parameters == short.adapter.num_parameters == 2 * 18 * 64 + 4 * 64
+    assert short.parameters_share == short.adapter_parameters / (3 * 24 * 64)
+    published = fit(train, held_out, target, protocol="published", **arguments)
+    assert (published.form, published.rank, published.adapter.form) == (
+        "layer_norm",
+        64,
+        "layer_norm",
+    )
+    assert published.status in ("underdetermined", "undefined")
+
+
+@pytest.mark.parametrize("form", ["layer_norm", "linear", "orthogonal", "low_rank", "scale"])
+def test_the_columns_count_what_the_adapter_holds(form):
+    source = expert(seed=1)
+    train, held_out = samples(source, normalised(200))
+    result = fit(train, held_out, expert(seed=3), form=form, rank=3, controls=False, solver=QUICK)
+    assert result.adapter_parameters == result.adapter.num_parameters
+    assert result.rank == result.adapter.rank
+    assert result.form == result.adapter.form == form
+
+
+def test_distances_from_the_inputs_of_the_target():
+    source, x = expert(seed=1), normalised(600)
+    train, held_out = samples(source, x)
+    target, far = expert(seed=3), 5 * normalised(300, seed=9) + 3
+    unknown = fit(train, held_out, target, controls=False, solver=QUICK)
+    assert all(math.isnan(getattr(unknown, f"{n}_before")) for n in ("kl", "mmd"))
+    alike, apart = (
+        fit(train, held_out, target, controls=False, solver=QUICK, target_inputs=inputs)
+        for inputs in (x[:300], far)
+    )
+    assert alike.kl_before < 0.5 < apart.kl_before
+    assert alike.mmd_before < 0.05 < apart.mmd_before
+    same = fit(
+        train, held_out, target, form="identity", controls=False, solver=QUICK, target_inputs=far
+    )
+    assert (same.kl_before, same.mmd_before) == (same.kl_after, same.mmd_after)
 
 
 def test_nan_and_wrong_shapes_are_refused():

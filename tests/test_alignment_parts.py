@@ -27,7 +27,7 @@ from moescope.alignment.samples import Samples
 from moescope.alignment.score import Errors, score_of
 from moescope.alignment.solver import Clock
 from moescope.alignment.stack import ExpertStack, same_shape
-from moescope.alignment.starts import Domain
+from moescope.alignment.domains import Domain
 from moescope.alignment.whitening import Whitening
 from moescope.experts.weights import ExpertWeights
 

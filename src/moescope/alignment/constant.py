@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from moescope.alignment.domains import Domain
 from moescope.alignment.stack import AdapterStack, ExpertStack
-from moescope.alignment.starts import Domain
 
 _STEPS = 200
 _CANDIDATES = 8
@@ -21,6 +21,9 @@ def constant_adapters(
 
     The squared error of a constant c is the variance plus |c - mean|^2, so only the mean counts.
     Adam from the mean of the target's inputs and seven of its inputs; the best is kept.
+
+    Returns:
+        Adapters of form "scale" whose gain is zero.
     """
     wanted = outputs.mean(0)
     unit = outputs.square().mean()
@@ -38,11 +41,7 @@ def constant_adapters(
     with torch.no_grad():
         error = (experts(shift) - wanted).square().sum(-1)  # [fits, candidates]
         best = shift[torch.arange(len(shift)), error.argmin(1)]
-    fits, hidden = best.shape
-    # Only the shift matters: one identity in memory for all fits.
-    eye = torch.eye(hidden, device=best.device).expand(fits, -1, -1)
-    zeros = torch.zeros_like(best)
-    return AdapterStack(eye, zeros, zeros, best)
+    return AdapterStack(None, None, torch.zeros_like(best), best, form="scale")
 
 
 def _candidates(domain: Domain) -> Float[Tensor, "candidates hidden"]:

@@ -33,9 +33,31 @@ def hidden_rotation(
     )
 
 
-def rotation_for(hidden: int, seed: int, source_name: str) -> Float[Tensor, "hidden hidden"]:
-    """The hidden rotation of one source expert."""
-    return random_rotation(hidden, generator(seed, source_name, "rotation"))
+def rotation_for(
+    hidden: int, seed: int, source_name: str, rank: int | None = None
+) -> Float[Tensor, "hidden hidden"]:
+    """The hidden rotation of one source expert.
+
+    Args:
+        hidden: Width.
+        seed: Of all random choices.
+        source_name: Keys the choice.
+        rank: Rank of its difference from the identity, at most `hidden`: `I + Q (O - I) Q.T` with
+            orthonormal columns Q and a random rotation O of so many dimensions. None: a uniform
+            rotation of all dimensions.
+    """
+    if rank is None:
+        return random_rotation(hidden, generator(seed, source_name, "rotation"))
+    source = generator(seed, source_name, "rotation", rank)
+    columns = torch.randn(hidden, rank, dtype=torch.float64, generator=source)
+    q, _ = torch.linalg.qr(columns)
+    turn = random_rotation(rank, source).double()
+    # With the other determinant one direction in the span of Q would stay as it is.
+    if rank and torch.linalg.det(turn) * (-1) ** rank < 0:
+        turn[0] *= -1
+    eye = torch.eye(hidden, dtype=torch.float64)
+    rotation: Tensor = eye + q @ (turn - torch.eye(rank, dtype=torch.float64)) @ q.T
+    return rotation.float()
 
 
 def same_output_space(target: ExpertWeights, seed: int, name: str) -> list[ExpertWeights]:

@@ -3,7 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from moescope.alignment.options import FitOptions, Protocol, SolverOptions
+from moescope.alignment.options import FitOptions, Form, Protocol, Regulariser, SolverOptions
 from moescope.alignment.pairs import fit_pairs
 from moescope.alignment.result import AlignmentResult
 from moescope.alignment.samples import Samples
@@ -20,6 +20,10 @@ def fit(
     source: ExpertWeights | None = None,
     target_inputs: Float[Tensor, "..."] | None = None,
     protocol: Protocol = "converged",
+    form: Form = "layer_norm",
+    rank: int = 16,
+    regulariser: Regulariser = "none",
+    regulariser_weight: float = 1.0,
     controls: bool = True,
     budget_seconds: float | None = None,
     seed: int = 0,
@@ -35,6 +39,11 @@ def fit(
         target_inputs: Inputs [tokens, hidden] of the target in its own layer, where known: they
             give the fit its start. Under 64 tokens they are not used.
         protocol: "converged", or "published": the ten steps of the MoE Align study.
+        form: What the adapter may do; "layer_norm" is fitted as "low_rank" where there are fewer
+            than four training tokens per dimension.
+        rank: Of a low-rank adapter.
+        regulariser: What keeps the adapted inputs near the target's own.
+        regulariser_weight: Its weight beside the FVU in the training loss.
         controls: Whether random targets and hidden-rotation self are fitted too.
         budget_seconds: Wall time that training may take, controls included.
         seed: Of all random choices.
@@ -45,6 +54,10 @@ def fit(
     """
     options = FitOptions(
         protocol=protocol,
+        form=form,
+        rank=rank,
+        regulariser=regulariser,
+        regulariser_weight=regulariser_weight,
         controls=controls,
         budget_seconds=budget_seconds,
         seed=seed,

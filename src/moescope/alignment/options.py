@@ -1,11 +1,15 @@
 """What can be set about a fit."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from moescope.errors import OptionError
+from moescope.errors import OptionError, unknown
+from moescope.experts.adapter import Form as Form
 
 Protocol = Literal["converged", "published"]
+Precision = Literal["float32", "bfloat16"]
+Regulariser = Literal["none", "gaussian_kl", "mmd"]
 
 MINIMUM_TRAIN = 64
 """Training tokens below which no number is given."""
@@ -23,14 +27,17 @@ class SolverOptions:
 
     steps: int = 300
     """Most optimiser steps of a fit."""
-    batch_tokens: int = 192
+    batch_tokens: int = 256
     """Tokens per step."""
+    precision: Precision = "float32"
+    """Of the matrix products of a step: "bfloat16" is faster where the processor has it. Weights
+    are kept, and all errors computed, in fp32."""
     matrix_rate: float = 0.2
-    """Muon's step on the whitened matrix: spectral norm, at the peak of the schedule."""
+    """Muon's step on the matrix at the peak of the schedule: spectral norm, in starting units."""
+    decay: float = 0.1
+    """How much of the matrix before LayerNorm a step takes away, times its rate."""
     vector_rate: float = 0.3
-    """Adam's step on bias, gain and shift, as a share of their starting scale."""
-    start_output: float = 0.2
-    """Spread of the outputs at the start, as a share of the spread of the source's outputs."""
+    """Adam's step on the vectors at the peak of the schedule, in starting units."""
     shrinkage: float = 0.01
     """Share of the identity mixed into the input covariance before whitening."""
     inner_share: float = 0.15
@@ -65,6 +72,14 @@ class FitOptions:
     """Wall time that training may take, for all fits of a source together; None: no limit."""
     seed: int = 0
     """Of all random choices."""
+    form: Form = "layer_norm"
+    """What the adapter may do: layer_norm, linear, orthogonal, low_rank, scale or identity."""
+    rank: int = 16
+    """Rank of what a low-rank adapter adds to its diagonal; the other forms do not use it."""
+    regulariser: Regulariser = "none"
+    """What keeps adapted inputs near the target's own: "gaussian_kl" or "mmd"; "none": nothing."""
+    regulariser_weight: float = 1.0
+    """Of the regulariser beside the FVU in the training loss."""
     solver: SolverOptions = SolverOptions()
     """The converged protocol, in numbers."""
 
@@ -72,6 +87,24 @@ class FitOptions:
         if self.protocol not in get_args(Protocol):
             raise OptionError(
                 f"unknown protocol {self.protocol!r}", expected=" or ".join(get_args(Protocol))
+            )
+        if self.form not in get_args(Form):
+            raise unknown("adapter form", self.form, get_args(Form))
+        if self.rank < 0:
+            raise OptionError("`rank` is negative", got=self.rank, expected="0 or more")
+        if self.regulariser not in get_args(Regulariser):
+            raise unknown("regulariser", self.regulariser, get_args(Regulariser))
+        if self.protocol == "published" and self.regulariser != "none":
+            raise OptionError(
+                "the published protocol has no regulariser",
+                got=self.regulariser,
+                remedy='Leave it out, or take `protocol="converged"`',
+            )
+        if not 0 <= self.regulariser_weight < math.inf:
+            raise OptionError(
+                "`regulariser_weight` is no weight",
+                got=self.regulariser_weight,
+                expected="0 or more",
             )
         if self.budget_seconds is not None and not self.budget_seconds > 0:
             raise OptionError(

@@ -1,31 +1,30 @@
 """One source expert against many targets: what can be shared is computed once."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moescope.alignment.controls import (
-    all_random,
-    hidden_rotation,
-    linear_control,
-    rotation_for,
-    same_output_space,
-)
-from moescope.alignment.evaluation import Found, HeldOut, Label, refused, result_of
+from moescope.alignment.candidates import Candidate, Workshop, enough_inputs
+from moescope.alignment.controls import linear_control
+from moescope.alignment.evaluation import Found, refused, result_of
+from moescope.alignment.forms import fitted_options
+from moescope.alignment.held_out import HeldOut
 from moescope.alignment.options import MINIMUM_HELD_OUT, MINIMUM_TRAIN, FitOptions
+from moescope.alignment.outcomes import Label, Outcome
 from moescope.alignment.randomness import generator, seed_of
 from moescope.alignment.result import AlignmentResult, Status
 from moescope.alignment.samples import Samples, require_finite
-from moescope.alignment.solver import Fit
-from moescope.alignment.starts import Domain
+from moescope.alignment.solver import Fit, Task
 from moescope.alignment.trainer import (
-    Candidate,
     Progress,
-    train_converged,
-    train_published,
-    training_task,
+    Reduction,
+    Work,
+    converged_work,
+    published_errors,
+    published_work,
+    train_groups,
 )
 from moescope.errors import AlignmentError
 from moescope.experts.weights import ExpertWeights
@@ -41,18 +40,24 @@ def fit_pairs(
     target_inputs: Mapping[str, Float[Tensor, "..."]] | None = None,
     options: FitOptions = FitOptions(),  # noqa: B008 (frozen)
     progress: Progress | None = None,
+    outcomes: MutableMapping[Label, Outcome] | None = None,
 ) -> dict[str, AlignmentResult]:
     """How well each target imitates the source behind a trained change of input.
 
-    All fits of the call run as one batch. Shared by all targets: the whitening, the linear map, the
-    hidden-rotation self, and the random targets with three random matrices, whose norms are drawn
-    from all targets of the call. The random targets with the true down projection are each
-    target's own. The linear map is fitted on all training tokens, inner ones included; the fits
-    use the inner ones only to stop and to choose.
+    Fits run in chunks that fit in memory: experts of a chunk are built when it begins, its fits are
+    reduced to errors per held-out document when it ends. Shared by all targets: the whitening, the
+    linear map, the hidden-rotation self, and the random targets with three random matrices, whose
+    norms are drawn from all targets of the call. The random targets with the true down projection
+    are each target's own. The linear map is fitted on all training tokens, inner ones included; the
+    fits use the inner ones only to stop and to choose.
 
-    Random choices depend on seed, names and purpose alone, never on how the fits are batched. But
-    the norms of the all-random targets, and where their inputs lie, come from all targets of the
-    call: `fvu_random_all`, and with it the score, changes with the company of a target.
+    Random choices depend on seed, names and purpose alone, never on how the fits are batched. A
+    target's own numbers do not depend on its company either, but for `fvu_random_all` and with it
+    the score: the norms of the all-random targets, and where their inputs lie, come from all
+    targets of the call. Their random directions do not.
+
+    With fewer than four training tokens per dimension, form "layer_norm" is fitted as "low_rank",
+    controls alike.
 
     Args:
         train: Tokens to learn from; an inner part of them decides when to stop.
@@ -62,43 +67,58 @@ def fit_pairs(
         source_name: Keys the random choices of this source.
         target_inputs: Inputs [tokens, hidden] of each target in its own layer, where known; they
             give the fit its start. Under 64 tokens they are not used: the start would be dead.
-        options: Protocol, controls, budget, seed, solver.
+        options: Protocol, form, controls, budget, seed, solver.
         progress: Called with the number of fits done and of all fits.
+        outcomes: Gets every finished fit, chunk by chunk. A later call with the same arguments
+            fits only what is missing there; `OutcomeFolder` keeps them on disk.
 
     Raises:
         AlignmentError: Shapes do not fit, or a tensor holds NaN or infinity.
     """
     _check(train, held_out, targets, source, target_inputs or {})
+    options = fitted_options(options, len(train), train.hidden_size)
     status = _refusal(train, held_out)
     if status is not None:
         return {n: refused(t, train, held_out, status, options) for n, t in targets.items()}
     train, held_out = train.single(), held_out.single()
-    device = train.inputs.device
-    targets = {name: t.to(dtype=torch.float32, device=device) for name, t in targets.items()}
-    source = None if source is None else source.to(dtype=torch.float32, device=device)
-    candidates = _candidates(train, targets, source, source_name, target_inputs or {}, options)
-    fits = _train(train, candidates, source_name, options, progress)
-
     held = HeldOut(held_out, train.outputs.mean(0))
-    rest, inner = _split(train, source_name, options)
-    found = Found(
-        fits=fits,
-        errors={label: held.errors_of(fits[label], candidates[label].expert) for label in fits},
-        linear=held.errors(linear_control(rest, inner, held_out.inputs)),
-        published_mse=_published_mse(train, candidates, fits, options),
+    known = enough_inputs(targets, target_inputs or {})
+    rest, inner = train.split(
+        options.solver.inner_share, generator(options.seed, source_name, "inner tokens")
     )
-    return {
-        name: result_of(
-            name,
-            target,
-            train,
-            held,
-            found,
-            options,
-            seed_of(options.seed, source_name, name, "bootstrap"),
-        )
-        for name, target in targets.items()
-    }
+    workshop = Workshop(
+        train=train,
+        inner=inner,
+        source=source,
+        source_name=source_name,
+        targets=targets,
+        target_inputs=known,
+        options=options,
+    )
+    outcomes = {} if outcomes is None else outcomes
+    train_groups(
+        workshop.groups(),
+        _work(workshop, rest, inner, _reduction(held)),
+        outcomes,
+        chunk_bytes=options.solver.chunk_bytes,
+        budget_seconds=options.budget_seconds,
+        progress=progress,
+    )
+    found = Found(
+        train=train,
+        held=held,
+        options=options,
+        outcomes=dict(outcomes),
+        linear=held.errors(linear_control(rest, inner, held_out.inputs)),
+        published_mse=_published_mse(train, targets, outcomes, options),
+    )
+    results = {}
+    for name, target in targets.items():
+        here = target.to(dtype=torch.float32, device=train.inputs.device)
+        inputs = known[name].to(train.inputs.device).float() if name in known else None
+        seed = seed_of(options.seed, source_name, name, "bootstrap")
+        results[name] = result_of(name, here, inputs, found, seed)
+    return results
 
 
 def _check(
@@ -146,87 +166,40 @@ def _refusal(train: Samples, held_out: Samples) -> Status | None:
     return None
 
 
-def _split(train: Samples, source_name: str, options: FitOptions) -> tuple[Samples, Samples]:
-    """Tokens for the weights and inner tokens for choices."""
-    return train.split(
-        options.solver.inner_share, generator(options.seed, source_name, "inner tokens")
-    )
+def _work(workshop: Workshop, rest: Samples, inner: Samples, reduce: Reduction) -> Work:
+    """How every chunk is fitted."""
+    options = workshop.options
+    if options.protocol == "published":
+        return published_work(workshop.train, options.seed, reduce)
+
+    def order() -> torch.Generator:
+        return generator(options.seed, workshop.source_name, "order of the tokens")
+
+    task = Task.of(rest, inner, options, order, workshop.source)
+    return converged_work(task, reduce)
+
+
+def _reduction(held: HeldOut) -> Reduction:
+    """Errors of every fit; of pairs and of the ceiling the fit too."""
+
+    def reduce(label: Label, candidate: Candidate, fit: Fit) -> Outcome:
+        kept = fit if label[0] in ("pair", "self") else None
+        return Outcome(errors=held.errors_of(fit, candidate.expert), fit=kept)
+
+    return reduce
 
 
 def _published_mse(
     train: Samples,
-    candidates: Mapping[Label, Candidate],
-    fits: Mapping[Label, Fit],
+    targets: Mapping[str, ExpertWeights],
+    outcomes: Mapping[Label, Outcome],
     options: FitOptions,
 ) -> dict[str, float]:
     """What the published loop prints for each target, whatever the protocol."""
-    pairs = {str(label[1]): label for label in candidates if label[0] == "pair"}
     if options.protocol == "published":
-        return {name: fits[label].published_mse for name, label in pairs.items()}
-    again = train_published(
-        train,
-        [candidates[label] for label in pairs.values()],
-        options.seed,
-        options.solver.chunk_bytes,
+        fits = {name: outcomes["pair", name].fit for name in targets}
+        return {name: fit.published_mse for name, fit in fits.items() if fit is not None}
+    printed = published_errors(
+        train, list(targets.values()), options.seed, options.solver.chunk_bytes
     )
-    return {name: fit.published_mse for name, fit in zip(pairs, again, strict=True)}
-
-
-def _candidates(
-    train: Samples,
-    targets: Mapping[str, ExpertWeights],
-    source: ExpertWeights | None,
-    source_name: str,
-    target_inputs: Mapping[str, Tensor],
-    options: FitOptions,
-) -> dict[Label, Candidate]:
-    """Everything that will be fitted."""
-    # Fewer say too little of where a target's inputs lie to start from there.
-    target_inputs = {n: x for n, x in target_inputs.items() if len(x) >= MINIMUM_TRAIN}
-    seed, shrinkage = options.seed, options.solver.shrinkage
-    device = train.inputs.device
-
-    def domain(inputs: Tensor | None, name: str) -> Domain:
-        source_of_choice = generator(seed, name, "domain")
-        if inputs is None:
-            return Domain.unknown(train.inputs, shrinkage, source_of_choice)
-        return Domain.of(inputs.to(device).float(), shrinkage, source_of_choice)
-
-    found: dict[Label, Candidate] = {}
-    for name, expert in targets.items():
-        where = domain(target_inputs.get(name), name)
-        found["pair", name] = Candidate(expert=expert, domain=where)
-        for j, random in enumerate(same_output_space(expert, seed, name)):
-            found["same output space", name, j] = Candidate(expert=random, domain=where)
-    known = [target_inputs[name] for name in targets if name in target_inputs]
-    where = domain(torch.cat(known) if known else None, "all random")
-    for j, random in enumerate(all_random(targets, seed)):
-        found["all random", j] = Candidate(expert=random, domain=where)
-    if source is not None:
-        rotation = rotation_for(train.hidden_size, seed, source_name).to(device)
-        expert = hidden_rotation(source, rotation)
-        # Told as much about its target's inputs as the pairs are.
-        turned = train.inputs @ rotation.T if known else None
-        found["self",] = Candidate(expert=expert, domain=domain(turned, source_name))
-    if not options.controls:
-        return {label: found[label] for label in found if label[0] == "pair"}
-    return found
-
-
-def _train(
-    train: Samples,
-    candidates: Mapping[Label, Candidate],
-    source_name: str,
-    options: FitOptions,
-    progress: Progress | None,
-) -> dict[Label, Fit]:
-    everything = list(candidates.values())
-    if options.protocol == "published":
-        fits = train_published(
-            train, everything, options.seed, options.solver.chunk_bytes, progress
-        )
-        return dict(zip(candidates, fits, strict=True))
-    rest, inner = _split(train, source_name, options)
-    task = training_task(rest, inner, options.solver, options.seed, source_name)
-    fits = train_converged(task, everything, options.budget_seconds, progress)
-    return dict(zip(candidates, fits, strict=True))
+    return dict(zip(targets, printed, strict=True))

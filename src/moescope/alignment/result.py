@@ -27,7 +27,8 @@ no_controls       controls were switched off: no score
 no_ceiling        the source expert was not given: no score
 undefined         null and ceiling are less than 0.05 apart: no score
 few_documents     under 30 held-out documents, or documents not known: no intervals
-underdetermined   under 4 H training tokens: the adapter has more freedom than the data
+underdetermined   under 4 H training tokens: a low-rank adapter is fitted, for a full one has more
+                  freedom than the data
 ok                none of these
 """
 
@@ -51,6 +52,10 @@ class AlignmentResult:
     """The same for the hidden-rotation self."""
     protocol: str
     """"converged" or "published"."""
+    form: str = "layer_norm"
+    """What the adapter could do, as fitted: `low_rank` where a full one is underdetermined."""
+    rank: int = 0
+    """Rank of its trained matrix, 0 where the form has none."""
     n_train: int
     """Training tokens."""
     n_val: int
@@ -91,6 +96,14 @@ class AlignmentResult:
     """FVU that no adapter can pass below: outputs projected on the target's output space."""
     fvu_self: float = _NAN
     """FVU of the source itself behind a hidden rotation: what the solver can reach."""
+    kl_before: float = _NAN
+    """Gaussian KL of the source's inputs from the target's own, nats per dimension."""
+    kl_after: float = _NAN
+    """The same of the adapted inputs; NaN where the target's inputs are not known."""
+    mmd_before: float = _NAN
+    """Squared maximum mean discrepancy of the source's inputs and the target's own."""
+    mmd_after: float = _NAN
+    """The same of the adapted inputs."""
     score: float = _NAN
     """(null - fvu) / (null - fvu_self); zero or less is no evidence."""
     score_low: float = _NAN
@@ -111,6 +124,8 @@ class AlignmentResult:
     """Numbers in the adapter."""
     expert_parameters: int
     """Numbers in the target expert."""
+    parameters_share: float = _NAN
+    """Numbers in the adapter over those in the expert: what replacing one would cost."""
     seed: int
     """Of all random choices."""
 

@@ -84,6 +84,22 @@ class Samples:
         aside = aside.to(self.inputs.device)
         return self.where(~aside), self.where(aside)
 
+    def first(self, tokens: int, generator: torch.Generator) -> "Samples":
+        """Whole documents in random order, until as near as can be to `tokens`; at least one.
+
+        The same generator gives the same order: the tokens of a smaller call are among those of a
+        larger one. Where documents are not known every token is one.
+        """
+        number = torch.arange(len(self)) if self.documents is None else self.documents.cpu()
+        ids, of, sizes = torch.unique(number, return_inverse=True, return_counts=True)
+        order = torch.randperm(len(ids), generator=generator)
+        filled = sizes[order].cumsum(0)
+        taken = filled - sizes[order] // 2 <= tokens
+        taken[:1] = True
+        chosen = torch.zeros(len(ids), dtype=torch.bool)
+        chosen[order[taken]] = True
+        return self.where(chosen[of].to(self.inputs.device))
+
 
 def _whole_documents(
     documents: Tensor, wanted: int, most: int, generator: torch.Generator

@@ -23,10 +23,9 @@ from jaxtyping import Float
 
 from moescope.measures.bootstrap import (
     FEWEST_UNITS,
-    bca_interval,
-    leave_one_out_totals,
+    expanded_level,
     ratio_interval,
-    resampled_totals,
+    resampled_counts,
 )
 
 _DRAWS = 2_000
@@ -89,13 +88,13 @@ def score_of(errors: Errors, seed: int) -> Score:
     if len(sums) < FEWEST_UNITS:
         return Score(value=value)
     generator = np.random.default_rng(seed)
-    draws = _Shares.of(resampled_totals(sums, _DRAWS, generator), kinds)
-    scores = draws.score(_one_more(draws.random, generator))
-    left_out = _Shares.of(leave_one_out_totals(sums), kinds)
-    # Their median in place of the estimate: no bias correction. The minimum in the null makes the
-    # predicted nulls lower than the estimated one, which is no bias of the estimate to be undone.
-    centre = float(np.nanmedian(scores))
-    low, high = bca_interval(centre, scores, left_out.score(left_out.random.mean(2)))
+    counts = resampled_counts(len(sums), _DRAWS, generator)
+    draws = _Shares.of(counts @ sums, kinds)
+    spread = _spread_of_levels(point.random[0], draws.random)
+    scores = draws.score(_one_more(draws.random, spread, generator))
+    # Plain percentiles: what the predictions have below the estimated null is no bias to be undone.
+    tail = (1 - expanded_level(len(sums))) / 2
+    low, high = np.nanquantile(scores, [tail, 1 - tail]).tolist()
     return Score(value=value, low=low, high=high)
 
 
@@ -134,8 +133,25 @@ class _Shares:
         return score
 
 
+def _spread_of_levels(
+    random: Float[np.ndarray, "kinds seeds"], draws: Float[np.ndarray, "draws kinds seeds"]
+) -> Float[np.ndarray, " kinds"]:
+    """Standard deviation of the random targets of each kind, without what documents add to it.
+
+    Each one's FVU differs from the others' also by the chance of these documents. The resampled
+    documents bring that chance along, for the pair as for the null; it would be counted twice.
+    """
+    seeds = random.shape[1]
+    apart = draws - draws.mean(2, keepdims=True)
+    chance = apart.var(axis=0).sum(1) / (seeds - 1)
+    spread: np.ndarray = np.sqrt(np.maximum(random.var(axis=1, ddof=1) - chance, 0))
+    return spread
+
+
 def _one_more(
-    random: Float[np.ndarray, "draws kinds seeds"], generator: np.random.Generator
+    random: Float[np.ndarray, "draws kinds seeds"],
+    spread: Float[np.ndarray, " kinds"],
+    generator: np.random.Generator,
 ) -> Float[np.ndarray, "draws kinds"]:
     """What one more random target of each kind could have reached.
 
@@ -143,9 +159,7 @@ def _one_more(
     normal sample. Drawing one of the n themselves would never go beyond the best of them, which
     an equal pair passes with probability 1 / (n + 1), far above the 2.5% of the interval.
     """
-    seeds = random.shape[2]
-    spread = random.std(axis=2, ddof=1) * math.sqrt(1 + 1 / seeds)
-    predicted: np.ndarray = random.mean(2) + spread * generator.standard_t(
-        seeds - 1, size=spread.shape
-    )
+    draws, kinds, seeds = random.shape
+    deviation = generator.standard_t(seeds - 1, size=(draws, kinds))
+    predicted: np.ndarray = random.mean(2) + spread * math.sqrt(1 + 1 / seeds) * deviation
     return predicted

@@ -8,34 +8,29 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import compress
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from moescope.alignment.choice import Best, beats
+from moescope.alignment.choice import CurvePoint as CurvePoint
 from moescope.alignment.constant import constant_adapters
+from moescope.alignment.domains import Domain, coordinates
+from moescope.alignment.linear_parts import SourceLinear
 from moescope.alignment.optimiser import Optimiser
-from moescope.alignment.options import SolverOptions
+from moescope.alignment.options import FitOptions, Regulariser, SolverOptions
+from moescope.alignment.regularisers import penalty
 from moescope.alignment.samples import Samples
 from moescope.alignment.stack import AdapterStack, ExpertStack
-from moescope.alignment.starts import Domain, start
+from moescope.alignment.starts import start
+from moescope.alignment.warm_starts import resumed
 from moescope.alignment.whitening import Whitening
-from moescope.experts.adapter import Adapter
+from moescope.experts.adapter import Adapter, Form
 from moescope.experts.weights import ExpertWeights
 
 _WARM_UP = 10  # steps
-
-
-class CurvePoint(NamedTuple):
-    """One look at the inner validation tokens."""
-
-    step: int
-    """Optimiser steps so far."""
-    seconds: float
-    """Wall time so far, of all fits of the batch together."""
-    fvu: float
-    """Fraction of variance unexplained on the inner validation tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,7 +44,8 @@ class Fit:
     steps: int
     """Optimiser steps until the fit stopped."""
     converged: bool
-    """Whether steps were taken, beat the constant, and changed little in their second half."""
+    """Whether steps were taken, beat the constant, and changed little in their second half; for
+    the identity, which takes none, always."""
     constant_kept: bool = False
     """Whether `adapter` is the one of constant output: no fit beat it."""
     curve: tuple[CurvePoint, ...] = ()
@@ -60,10 +56,10 @@ class Fit:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Task:
-    """What all fits of one source expert share; inputs are white."""
+    """What all fits of one source expert share; inputs are in the coordinates of the form."""
 
     whitening: Whitening
-    """Learned on the training tokens."""
+    """The coordinates, learned on the training tokens."""
     train: Samples
     """Tokens the weights are trained on."""
     inner: Samples
@@ -72,6 +68,43 @@ class Task:
     """Steps, rates, sizes."""
     order: Callable[[], torch.Generator]
     """A fresh generator for the order of the tokens: every batch of fits sees the same."""
+    source: SourceLinear
+    """Linear part of the source expert."""
+    form: Form = "layer_norm"
+    """What the adapters may do."""
+    rank: int = 0
+    """Of the delta of "low_rank"."""
+    regulariser: Regulariser = "none"
+    """What the loss adds to the FVU."""
+    regulariser_weight: float = 1.0
+    """How much of it."""
+
+    @classmethod
+    def of(
+        cls,
+        train: Samples,
+        inner: Samples,
+        options: FitOptions,
+        order: Callable[[], torch.Generator],
+        source: ExpertWeights | None = None,
+    ) -> "Task":
+        """Learn the coordinates; `train` and `inner` hold plain inputs.
+
+        The source expert, where known, says more of its linear part than its tokens do.
+        """
+        whitening = coordinates(options.form, train.inputs, options.solver.shrinkage)
+        return cls(
+            whitening=whitening,
+            train=Samples(whitening(train.inputs), train.outputs, train.documents),
+            inner=Samples(whitening(inner.inputs), inner.outputs, inner.documents),
+            options=options.solver,
+            order=order,
+            source=SourceLinear.of(train, whitening, source, options.solver.shrinkage),
+            form=options.form,
+            rank=options.rank,
+            regulariser=options.regulariser,
+            regulariser_weight=options.regulariser_weight,
+        )
 
 
 class Clock:
@@ -97,44 +130,94 @@ def solve(
     experts: Sequence[ExpertWeights],
     domains: Sequence[Domain],
     seconds: float | None = None,
+    warm: Sequence[Adapter] | None = None,
 ) -> list[Fit]:
     """Train one adapter for every target, all of one shape.
 
     The learning rates follow half a cosine over the steps or, where they end first, over
     `seconds` of wall time, so that a fit that runs out of time has cooled down all the same.
+    With `warm`, each fit goes on from the adapter given for it, as `resumed` takes them.
     """
     clock = Clock(task.options.steps, seconds)
     targets = ExpertStack.of(experts, task.train.inputs.device)
     constants = constant_adapters(task.train.outputs, targets, domains)
-    adapters, scale = start(
-        task.train.inputs, task.train.outputs, targets, domains, task.options.start_output
-    )
-    best = _Best(adapters)
-    optimiser, alive = Optimiser(adapters, scale, task.options), targets
-    variance = _variance(task.train.outputs, task.train.outputs)
+    if task.form == "identity":
+        return [_untrained(shift) for shift in constants.shift]
+    if warm is None:
+        adapters, units = start(task.form, task.rank, task.train, task.source, targets, domains)
+    else:
+        adapters, units = resumed(task.form, task.rank, warm, task.whitening, domains)
+    best = Best(adapters)
+    optimiser = Optimiser(adapters, units, task.options)
+    loss = _Loss(task, targets, domains)
     batches, step = _Batches(task), 0
     while True:
         share = clock.share(step)
         if step % task.options.evaluate_every == 0 or share == 1:
-            fvu = _inner_fvu(task, adapters, alive)
-            best.look(step, clock.seconds, fvu, adapters)
+            best.look(step, clock.seconds, *loss.inner(adapters), adapters)
             going = best.going(step - task.options.patience)
             if share == 1 or not going.any():
                 break
             if not going.all():
-                adapters, alive = optimiser.keep(going), alive.keep(going)
+                adapters, loss = optimiser.keep(going), loss.keep(going)
                 best.drop(going)
-        x, y = batches.next()
         parameters = [p.requires_grad_() for p in adapters.parameters()]
-        error = (alive(adapters(x)) - y).square().sum() / (len(x) * variance)
-        gradients = torch.autograd.grad(error, parameters)
-        with torch.no_grad():
-            for parameter in parameters:
-                parameter.requires_grad_(False)
-            warm = min(1.0, (step + 1) / _WARM_UP)
-            optimiser.step(gradients, warm * 0.5 * (1 + math.cos(math.pi * share)))
+        with loss.products():
+            gradients = torch.autograd.grad(loss(adapters, *batches.next()), parameters)
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        warm_up = min(1.0, (step + 1) / _WARM_UP)
+        with torch.no_grad(), loss.products():
+            optimiser.step(gradients, warm_up * 0.5 * (1 + math.cos(math.pi * share)))
         step += 1
     return _finish(task, targets, best, constants)
+
+
+def _untrained(constant: Float[Tensor, " hidden"]) -> Fit:
+    """The fit of an adapter that has nothing to train."""
+    return Fit(adapter=Adapter(form="identity"), constant=constant.clone(), steps=0, converged=True)
+
+
+class _Loss:
+    """Error of the targets behind their adapters, over the variance, plus the regulariser."""
+
+    def __init__(self, task: Task, targets: ExpertStack, domains: Sequence[Domain]) -> None:
+        self.task, self.targets, self.domains = task, targets, domains
+        self.dtype = getattr(torch, task.options.precision)
+        self.cast = targets.changed(lambda tensor: tensor.to(self.dtype))
+        self.variance = _variance(task.train.outputs, task.train.outputs)
+
+    def __call__(self, adapters: AdapterStack, x: Tensor, y: Tensor) -> Float[Tensor, ""]:
+        """Summed over the fits, on one batch."""
+        z = adapters(x)
+        error = (self.cast(z.to(self.dtype)).float() - y).square().sum()
+        loss: Tensor = error / (len(x) * self.variance) + self._penalty(z).sum()
+        return loss
+
+    def products(self) -> torch.autocast:
+        """Where matrix products have the wanted precision."""
+        device = self.task.train.inputs.device.type
+        return torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32)
+
+    @torch.no_grad()
+    def inner(
+        self, adapters: AdapterStack
+    ) -> tuple[Float[Tensor, " alive"], Float[Tensor, " alive"]]:
+        """FVU and loss of each fit on the inner validation tokens."""
+        inner = self.task.inner
+        z = adapters(inner.inputs)
+        error = (self.targets(z) - inner.outputs).square()
+        variance = _variance(inner.outputs, self.task.train.outputs)
+        fvu = error.sum(2).mean(1) / max(variance, 1e-30)
+        return fvu, fvu + self._penalty(z)
+
+    def keep(self, chosen: Bool[Tensor, " alive"]) -> "_Loss":
+        """The loss of some of the fits."""
+        domains = list(compress(self.domains, chosen.tolist()))
+        return _Loss(self.task, self.targets.keep(chosen), domains)
+
+    def _penalty(self, z: Float[Tensor, "alive tokens hidden"]) -> Float[Tensor, " alive"]:
+        return self.task.regulariser_weight * penalty(self.task.regulariser, z, self.domains)
 
 
 class _Batches:
@@ -154,55 +237,17 @@ class _Batches:
         return self.samples.inputs[chosen], self.samples.outputs[chosen]
 
 
-class _Best:
-    """The weights of every fit that were best on the inner validation tokens."""
-
-    def __init__(self, adapters: AdapterStack) -> None:
-        self.adapters = adapters.copy()
-        fits = len(adapters.weight)
-        device = adapters.weight.device
-        self.fvu = torch.full((fits,), math.inf, device=device)
-        self.step = torch.zeros(fits, dtype=torch.int64, device=device)
-        self.alive = torch.arange(fits, device=device)
-        self.curves: list[list[CurvePoint]] = [[] for _ in range(fits)]
-
-    def look(
-        self, step: int, seconds: float, fvu: Float[Tensor, " alive"], adapters: AdapterStack
-    ) -> None:
-        better = fvu < self.fvu[self.alive]
-        where = self.alive[better]
-        self.fvu[where], self.step[where] = fvu[better], step
-        for kept, now in zip(self.adapters.parameters(), adapters.parameters(), strict=True):
-            kept[where] = now[better]
-        for fit, value in zip(self.alive.tolist(), fvu.tolist(), strict=True):
-            self.curves[fit].append(CurvePoint(step, seconds, value))
-
-    def going(self, since: int) -> Bool[Tensor, " alive"]:
-        """Which fits have been better after step `since`."""
-        return self.step[self.alive] > since
-
-    def drop(self, going: Bool[Tensor, " alive"]) -> None:
-        self.alive = self.alive[going]
-
-
 def _variance(y: Tensor, reference: Tensor) -> float:
     """Mean squared distance of `y` from the mean of `reference`."""
     return float((y - reference.mean(0)).square().sum(1).mean())
 
 
 @torch.no_grad()
-def _inner_fvu(task: Task, adapters: AdapterStack, targets: ExpertStack) -> Float[Tensor, " fits"]:
-    error = (targets(adapters(task.inner.inputs)) - task.inner.outputs).square()
-    variance = _variance(task.inner.outputs, task.train.outputs)
-    return error.sum(2).mean(1) / max(variance, 1e-30)
-
-
-@torch.no_grad()
-def _finish(task: Task, targets: ExpertStack, best: _Best, constants: AdapterStack) -> list[Fit]:
+def _finish(task: Task, targets: ExpertStack, best: Best, constants: AdapterStack) -> list[Fit]:
     """Fold the whitening into the weights; keep the constant adapter where it is as good."""
-    better = _beats(task, targets, best.adapters, constants)
-    weight, bias = task.whitening.fold(best.adapters.weight, best.adapters.bias)
-    plain = AdapterStack(weight, bias, best.adapters.gain, best.adapters.shift)
+    better = beats(best.adapters, constants, targets, task.inner)
+    plain = best.adapters.folded(task.whitening)
+    silent = plain.silenced(constants.shift)
     fits = []
     for i, curve in enumerate(best.curves):
         steps, kept = curve[-1].step, not bool(better[i])
@@ -210,7 +255,7 @@ def _finish(task: Task, targets: ExpertStack, best: _Best, constants: AdapterSta
         settled = early - float(best.fvu[i]) <= task.options.settled
         fits.append(
             Fit(
-                adapter=(constants if kept else plain).adapter(i),
+                adapter=(silent if kept else plain).adapter(i),
                 constant=constants.shift[i].clone(),
                 steps=steps,
                 # Without a step, or with another adapter in its place, nothing has settled.
@@ -220,23 +265,3 @@ def _finish(task: Task, targets: ExpertStack, best: _Best, constants: AdapterSta
             )
         )
     return fits
-
-
-def _beats(
-    task: Task, targets: ExpertStack, adapters: AdapterStack, constants: AdapterStack
-) -> Bool[Tensor, " fits"]:
-    """Which fits are below the constant adapter by more than a standard error.
-
-    The error is that of the paired difference over the inner validation documents (tokens, where
-    documents are not known): a smaller lead need not carry over to the held-out tokens.
-    """
-    inner = task.inner
-    errors = [
-        (targets(a(inner.inputs)) - inner.outputs).square().sum(2) for a in (adapters, constants)
-    ]
-    lead = errors[1] - errors[0]  # [fits, tokens]
-    centred = lead - lead.mean(1, keepdim=True)
-    if inner.documents is not None:
-        ids, of = torch.unique(inner.documents, return_inverse=True)
-        centred = torch.zeros(len(lead), len(ids), device=lead.device).index_add_(1, of, centred)
-    return lead.sum(1) > centred.square().sum(1).sqrt()

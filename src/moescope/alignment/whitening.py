@@ -14,17 +14,25 @@ class Whitening:
     mean: Float[Tensor, " hidden"]
     """Mean of the inputs."""
     matrix: Float[Tensor, "hidden hidden"]
-    """Inverse square root of the shrunken covariance."""
+    """Inverse square root of the shrunken covariance, or a smaller power of it."""
     inverse: Float[Tensor, "hidden hidden"]
-    """Square root of the shrunken covariance."""
+    """Inverse of `matrix`."""
 
     @classmethod
-    def of(cls, x: Float[Tensor, "tokens hidden"], shrinkage: float) -> "Whitening":
+    def of(
+        cls, x: Float[Tensor, "tokens hidden"], shrinkage: float, power: float = 0.5
+    ) -> "Whitening":
         """Learn the coordinates, in fp64.
 
         The covariance is mixed with `shrinkage` times its own diagonal (Schaefer and Strimmer
         2005), so that directions with little data are not blown up, whatever the scale of single
         dimensions.
+
+        Args:
+            x: The inputs.
+            shrinkage: How much of the diagonal.
+            power: Of the covariance in the inverse of the matrix: with less than a half the inputs
+                are white in part, with a mean variance of one over the dimensions all the same.
         """
         wide = x.double()
         mean = wide.mean(0)
@@ -34,7 +42,9 @@ class Whitening:
         floor = (1e-6 * variances.mean()).clamp_min(torch.finfo(torch.float32).tiny)
         diagonal = torch.diag(variances.clamp_min(floor))
         values, vectors = torch.linalg.eigh((1 - shrinkage) * covariance + shrinkage * diagonal)
-        root = values.clamp_min(max(shrinkage / 2, 1e-6) * floor).sqrt()
+        values = values.clamp_min(max(shrinkage / 2, 1e-6) * floor)
+        root = values**power
+        root *= (values / root**2).mean().sqrt()
         return cls(
             mean.float(),
             ((vectors / root) @ vectors.T).float(),

@@ -1,0 +1,232 @@
+"""Many pairs at once: what they share, what they must not, and going on after an interruption."""
+
+import gc
+import weakref
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from alignment_zoo import expert, normalised, samples
+from moescope.alignment import candidates
+from moescope.alignment.controls import all_random, same_output_space
+from moescope.alignment.fit import fit
+from moescope.alignment.options import FitOptions, SolverOptions
+from moescope.alignment.outcomes import Outcome, OutcomeFolder
+from moescope.alignment.pairs import fit_pairs
+from moescope.errors import AlignmentError
+
+OPTIONS = FitOptions(solver=SolverOptions(steps=10), seed=7)
+OF_THE_COMPANY = {
+    *("fvu_random", "fvu_random_sd", "fvu_random_all"),
+    *("score", "score_low", "score_high", "status"),
+}
+"""Columns that the other targets of a call may change."""
+
+
+def problem(targets=1, hidden=16, wide=24):
+    source = expert(hidden, wide, seed=1)
+    train, held_out = samples(source, normalised(400, hidden), number=160)
+    experts = {f"target {seed}": expert(hidden, wide, seed=seed) for seed in range(3, 3 + targets)}
+    # Two shapes, so that there are chunks of both.
+    experts["wider"] = expert(hidden, wide + 8, seed=2)
+    inputs = {name: normalised(200, hidden, seed=9 + i) for i, name in enumerate(experts)}
+    return (
+        train,
+        held_out,
+        {
+            "targets": experts,
+            "source": source,
+            "target_inputs": inputs,
+        },
+    )
+
+
+def rows(found):
+    return {name: result.row() for name, result in found.items()}
+
+
+def with_chunks(chunk_bytes):
+    return FitOptions(solver=SolverOptions(steps=10, chunk_bytes=chunk_bytes), seed=7)
+
+
+@pytest.fixture
+def threads():
+    """Put the number of threads back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def assert_close(rows, others):
+    """Equal but for rounding: sums over tokens are split between threads."""
+    for name, row in rows.items():
+        for column, value in row.items():
+            if isinstance(value, float):
+                value = pytest.approx(value, rel=1e-4, abs=1e-7, nan_ok=True)
+            assert others[name][column] == value, (name, column)
+
+
+def test_the_same_seed_gives_the_same_numbers_in_any_chunks(threads):
+    train, held_out, arguments = problem()
+    found = []
+    for chunk_bytes, number in ((1, 1), (1_000_000, 1), (2**30, 1), (2**20, 2)):
+        threads(number)
+        options = with_chunks(chunk_bytes)
+        found.append(rows(fit_pairs(train, held_out, **arguments, options=options)))
+    one, some, everything, two_threads = found
+    assert one == some == everything
+    assert_close(one, two_threads)
+
+
+def test_the_published_loop_gives_the_same_numbers_in_any_chunks():
+    train, held_out, arguments = problem()
+    found = []
+    for chunk_bytes in (1, 2**30):
+        options = replace(with_chunks(chunk_bytes), protocol="published")
+        found.append(rows(fit_pairs(train, held_out, **arguments, options=options)))
+    assert_close(*found)
+
+
+def test_the_company_of_a_target_changes_only_the_all_random_null():
+    train, held_out, arguments = problem()
+    together = rows(fit_pairs(train, held_out, **arguments, options=OPTIONS))
+    for name in ("target 3", "wider"):
+        alone = {"targets": {name: arguments["targets"][name]}}
+        row = rows(fit_pairs(train, held_out, **(arguments | alone), options=OPTIONS))[name]
+        changed = {column for column in row if row[column] != together[name][column]}
+        assert changed <= OF_THE_COMPANY
+        assert "fvu_random_all" in changed
+        null = row["fvu_random_all"]
+        assert null == pytest.approx(together[name]["fvu_random_all"], abs=0.15)
+
+
+def test_one_pair_is_a_pair_of_many():
+    train, held_out, arguments = problem()
+    name, target = "target", arguments["targets"]["target 3"]
+    inputs = arguments["target_inputs"]["target 3"]
+    single = fit(
+        train,
+        held_out,
+        target,
+        source=arguments["source"],
+        target_inputs=inputs,
+        seed=7,
+        solver=OPTIONS.solver,
+    )
+    given = {"targets": {name: target}, "target_inputs": {name: inputs}}
+    many = fit_pairs(train, held_out, **(arguments | given), options=OPTIONS)
+    assert single.row() == many[name].row()
+
+
+def test_random_targets_live_no_longer_than_their_chunk(monkeypatch):
+    """Five targets bring thirty random ones; with chunks of one fit, few exist at a time."""
+    alive, most = weakref.WeakSet(), 0
+
+    def counted(make):
+        def made(*arguments):
+            nonlocal most
+            gc.collect()
+            found = make(*arguments)
+            alive.update(e.up for e in found)
+            most = max(most, len(alive))
+            return found
+
+        return made
+
+    for make in (same_output_space, all_random):
+        monkeypatch.setattr(candidates, make.__name__, counted(make))
+    train, held_out, arguments = problem(targets=4, hidden=8, wide=8)
+    solver = SolverOptions(steps=1, chunk_bytes=1)
+    done = []
+    fit_pairs(
+        train,
+        held_out,
+        **arguments,
+        options=FitOptions(solver=solver),
+        progress=lambda *now: done.append(now),
+    )
+    assert 5 <= most <= 10
+    assert done[-1] == (5 * 6 + 5 + 1,) * 2
+    assert [n for n, _ in done] == sorted({n for n, _ in done})
+
+
+class Interrupted(Exception):  # noqa: N818
+    """What an interruption raises here."""
+
+
+@pytest.mark.parametrize(("on_disk", "number"), [(False, 2), (True, 1)])
+def test_an_interrupted_call_goes_on_where_it_stopped(on_disk, number, threads, tmp_path):
+    threads(number)
+    train, held_out, arguments = problem()
+    options = with_chunks(1_000_000)
+    expected = fit_pairs(train, held_out, **arguments, options=options)
+
+    kept = OutcomeFolder(tmp_path / "fits") if on_disk else {}
+
+    def interrupt(done, total):
+        if done > total // 2:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        fit_pairs(train, held_out, **arguments, options=options, outcomes=kept, progress=interrupt)
+    before, counted = set(kept), []
+    assert 9 <= len(before) < 18
+    found = fit_pairs(
+        train,
+        held_out,
+        **arguments,
+        options=options,
+        outcomes=kept,
+        progress=lambda *now: counted.append(now),
+    )
+    assert counted[0][0] > len(before)
+    assert counted[-1] == (18, 18)
+    assert before < set(kept)
+    assert_close(rows(found), rows(expected))
+    for name, result in found.items():
+        assert [p.step for p in result.curve] == [p.step for p in expected[name].curve]
+        for part, tensor in result.adapter.tensors().items():
+            assert torch.equal(tensor, expected[name].adapter.tensors()[part])
+
+
+def test_a_finished_call_fits_nothing(tmp_path):
+    train, held_out, arguments = problem()
+    kept = OutcomeFolder(tmp_path)
+    first = fit_pairs(train, held_out, **arguments, options=OPTIONS, outcomes=kept)
+    counted = []
+    again = fit_pairs(
+        train,
+        held_out,
+        **arguments,
+        options=OPTIONS,
+        outcomes=OutcomeFolder(tmp_path),
+        progress=lambda *now: counted.append(now),
+    )
+    assert counted == []
+    assert rows(first) == rows(again)
+
+
+def test_outcomes_come_back_from_the_disk(tmp_path):
+    folder = OutcomeFolder(tmp_path / "new")
+    assert len(folder) == 0
+    assert list(folder) == []
+    errors = np.array([0.1, 1e-300, np.inf])
+    folder["same output space", "a/b: ü", 3] = Outcome(errors=errors)
+    folder["self",] = Outcome(errors=errors[:1])
+    assert set(folder) == {("same output space", "a/b: ü", 3), ("self",)}
+    assert ("self",) in folder
+    assert "self" not in folder
+    again = OutcomeFolder(tmp_path / "new")["same output space", "a/b: ü", 3]
+    assert np.array_equal(again.errors, errors)
+    assert again.fit is None
+    del folder["self",]
+    assert set(folder) == {("same output space", "a/b: ü", 3)}
+    for missing in ("get", "delete"):
+        with pytest.raises(KeyError):
+            folder["self",] if missing == "get" else folder.pop(("self",))
+    (path,) = (tmp_path / "new").glob("*.json")
+    path.write_text("{")
+    with pytest.raises(AlignmentError, match="cannot read the fit"):
+        folder["same output space", "a/b: ü", 3]
