@@ -114,9 +114,13 @@ def align_result(
     *,
     experts: int = 4,
     layer_pairs: tuple[tuple[int, int], ...] = ((1, 2),),
+    curves: bool = False,
     seed: int = 0,
 ) -> Result:
-    """Alignment with one good pair (0 -> 2), one undefined pair and one source of few tokens."""
+    """Alignment with one good pair (0 -> 2), one undefined pair and one source of few tokens.
+
+    With `curves`, learning and capacity curves of the pairs that have numbers too.
+    """
     random = np.random.default_rng(seed)
     pairs = pd.concat([_pairs(random, experts, *pair) for pair in layer_pairs], ignore_index=True)
     return Result(
@@ -124,8 +128,14 @@ def align_result(
         tables={
             "align": pairs,
             "curves": _curves(pairs),
-            "distributions": _distributions(random, *layer_pairs[0]),
-            "pca": _pca(random, *layer_pairs[0]),
+            "layers": _by_layers(pairs),
+            "distributions": _distributions(random, layer_pairs),
+            "pca": _pca(random, layer_pairs),
+            **(
+                {"learning": _learning(pairs), "capacity": _capacity(random, pairs)}
+                if curves
+                else {}
+            ),
         },
         findings=[
             Finding(
@@ -162,8 +172,11 @@ def _pairs(random, experts, source_layer, target_layer):
                 "status": "too_few_tokens",
                 "seed": 0,
                 "protocol": "converged",
+                "form": "layer_norm",
+                "rank": -1,
                 "adapter_parameters": 16_768,
                 "expert_parameters": 36_864,
+                "parameters_share": 16_768 / 36_864,
                 "n_documents": 120 if source != experts - 1 else 2,
             }
             if source != experts - 1:
@@ -187,6 +200,10 @@ def _measured(random, fvu, linear, ceiling, variance):
     return {
         "mse_mean": fvu * variance,
         "mse_sum": fvu * variance * 128,
+        "kl_before": 40.0,
+        "kl_after": 12.0,
+        "mmd_before": 0.3,
+        "mmd_after": 0.08,
         "published_mse": variance * random.uniform(0.9, 1.1),
         "fvu": fvu,
         "fvu_low": fvu * 0.9,
@@ -238,11 +255,21 @@ _PAIR_COLUMNS = [
     "status",
     "seed",
     "published_mse",
+    "kl_before",
+    "kl_after",
+    "mmd_before",
+    "mmd_after",
     "protocol",
+    "form",
+    "rank",
     "adapter_parameters",
     "expert_parameters",
+    "parameters_share",
     "n_documents",
 ]
+
+
+_KEY = ["source_layer", "source_expert", "target_layer", "target_expert"]
 
 
 def _curves(pairs):
@@ -252,34 +279,70 @@ def _curves(pairs):
             for step in range(0, 301, 20):
                 fvu = end + (1.1 - end) * np.exp(-step / 60)
                 found = (kind, step, step * 0.01, fvu)
-                rows.append((row.source_expert, row.target_expert, *found))
-    columns = ["source_expert", "target_expert", "kind", "step", "seconds", "fvu"]
-    return pd.DataFrame(rows, columns=columns)
+                rows.append((*(getattr(row, name) for name in _KEY), *found))
+    return pd.DataFrame(rows, columns=[*_KEY, "kind", "step", "seconds", "fvu"])
 
 
-def _panels(source_layer, target_layer):
-    return {
-        f"input of layer {source_layer}": 1.0,
-        f"expert outputs of layer {source_layer}": 0.2,
-        f"input of layer {target_layer}": 1.1,
-    }
-
-
-def _distributions(random, source_layer, target_layer):
+def _learning(pairs):
+    measured = pairs[pairs.fvu.notna()]
     frames = []
-    for panel, scale in _panels(source_layer, target_layer).items():
+    for part in (0.125, 0.25, 0.5, 1.0):
+        frame = measured.assign(n_train=(part * measured.n_train).astype(int))
+        for name in ("fvu", "fvu_linear", "fvu_random", "fvu_self"):
+            frame[name] = frame[name] + 0.2 * (1 / part - 1) / 7
+        frames.append(frame)
+    return pd.concat(frames, ignore_index=True)
+
+
+def _capacity(random, pairs):
+    rows = []
+    for pair in pairs[pairs.fvu.notna()].to_dict("records"):
+        advantage = 0.2 if (pair["source_expert"], pair["target_expert"]) == (0, 2) else -0.02
+        summaries = {"advantage": advantage, "parameters_saved": 6.5 if advantage > 0 else np.nan}
+        for rank, size in {0: 384, 1: 640, 4: 1_408, 16: 4_480, 64: 16_768, 128: 33_152}.items():
+            base = 0.4 + 0.5 * np.exp(-rank / 10)
+            for kind, seed in [("real", None), *(("random", seed) for seed in range(5))]:
+                fvu = base - advantage if kind == "real" else base + 0.02 * random.normal()
+                row = {name: pair[name] for name in _KEY}
+                row |= {"kind": kind, "seed": seed, "rank": rank, "adapter_parameters": size}
+                row |= {"train_fvu": fvu - 0.05, "fvu": fvu, "parameters_share": size / 36_864}
+                rows.append(row | summaries)
+    return pd.DataFrame(rows)
+
+
+def _by_layers(pairs):
+    rows = []
+    for (source, target), frame in pairs.groupby(["source_layer", "target_layer"]):
+        row = {"source_layer": source, "target_layer": target, "pairs": len(frame)}
+        row |= {name: frame[name].median() for name in ("fvu", "fvu_linear", "parameters_share")}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _panels(layer_pairs):
+    """Layer, name and scale of each panel."""
+    sources = {source for source, _ in layer_pairs}
+    for layer in sorted({layer for pair in layer_pairs for layer in pair}):
+        yield layer, f"input of layer {layer}", 1.0 + 0.1 * layer
+        if layer in sources:
+            yield layer, f"expert outputs of layer {layer}", 0.2
+
+
+def _distributions(random, layer_pairs):
+    frames = []
+    for layer, panel, scale in _panels(layer_pairs):
         values = random.standard_t(5, size=20_000) * scale
-        density, edges = np.histogram(values, bins=50, range=(-4 * scale, 4 * scale), density=True)
-        frame = {"panel": panel, "bin_left": edges[:-1], "bin_right": edges[1:]}
+        density, edges = np.histogram(values, bins=60, range=(-4 * scale, 4 * scale), density=True)
+        frame = {"layer": layer, "panel": panel, "bin_left": edges[:-1], "bin_right": edges[1:]}
         frame |= {"density": density, "mean": values.mean(), "std": values.std()}
         frames.append(pd.DataFrame(frame))
     return pd.concat(frames, ignore_index=True)
 
 
-def _pca(random, source_layer, target_layer):
+def _pca(random, layer_pairs):
     frames = []
-    for panel, scale in _panels(source_layer, target_layer).items():
-        points = random.normal(size=(150, 2)) * scale * np.array([3.0, 1.5])
-        frame = {"panel": panel, "pc1": points[:, 0], "pc2": points[:, 1]}
+    for layer, panel, scale in _panels(layer_pairs):
+        points = random.normal(size=(300, 2)) * scale * np.array([3.0, 1.5])
+        frame = {"layer": layer, "panel": panel, "pc1": points[:, 0], "pc2": points[:, 1]}
         frames.append(pd.DataFrame(frame | {"explained1": 0.31, "explained2": 0.12}))
     return pd.concat(frames, ignore_index=True)

@@ -5,6 +5,12 @@ import torch
 
 import moescope
 from models_zoo import build
+from moescope.alignment.pairs import fit_pairs
+from moescope.analyses import align_work
+from moescope.analyses.align_options import AlignOptions
+from moescope.analyses.align_tokens import held_out_documents
+from moescope.analyses.registry import find
+from moescope.config import build as build_options
 from moescope.corpora.packing import Packing
 from moescope.errors import CaptureError, OptionError
 
@@ -63,7 +69,9 @@ def test_every_promised_column_is_there_and_saved(planted):
     promised = (
         "source_layer source_expert target_layer target_expert n_train n_val mse_mean mse_sum fvu "
         "fvu_low fvu_high cosine token_error fvu_constant fvu_identity fvu_linear fvu_random "
-        "fvu_random_sd fvu_floor fvu_self score score_low score_high steps converged status seed"
+        "fvu_random_sd fvu_floor fvu_self score score_low score_high steps converged status seed "
+        "form rank adapter_parameters expert_parameters parameters_share kl_before kl_after "
+        "mmd_before mmd_after"
     ).split()
     assert set(promised) <= set(result.table.columns)
     folder, _ = planted
@@ -89,12 +97,11 @@ def test_adapters_are_saved_and_reproduce_the_error(planted):
 
 def test_finished_source_experts_are_not_computed_again(planted, monkeypatch):
     before = aligned(planted)
-    from moescope.analyses import align as module
 
     def fail(*_args, **_options):
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(module, "fit_pairs", fail)
+    monkeypatch.setattr(align_work, "fit_pairs", fail)
     after = aligned(planted)
     pd.testing.assert_frame_equal(after.table, before.table)
     with pytest.raises(AssertionError, match="computed again"):
@@ -102,10 +109,8 @@ def test_finished_source_experts_are_not_computed_again(planted, monkeypatch):
 
 
 def test_held_out_documents_do_not_train(planted):
-    from moescope.analyses.align import AlignOptions, held_out_documents
-
     capture = moescope.Capture(planted[0])
-    held_out = held_out_documents(capture, AlignOptions(source=0, target=1))
+    held_out = held_out_documents(capture, 0.2, seed=0)
     assert held_out.sum() == round(0.2 * len(capture.document_names))
     table = aligned(planted).table
     assert (table.n_documents == held_out.sum().item()).all()
@@ -114,13 +119,13 @@ def test_held_out_documents_do_not_train(planted):
 def test_other_libraries_mean_other_parts(planted, monkeypatch):
     from moescope.analyses import align as module
 
-    before = aligned(planted).provenance["adapters"]
+    one = {"source_experts": (0,), "target_experts": (0,)}
+    before = aligned(planted, **one).provenance["adapters"]
     monkeypatch.setattr(module, "library_versions", lambda: {"torch": "99"})
-    assert aligned(planted, protocol="published").provenance["adapters"] != before
-    after = aligned(planted, controls=False).provenance["adapters"]
-    assert after != before
+    assert aligned(planted, **one).provenance["adapters"] != before
     monkeypatch.undo()
-    assert aligned(planted).provenance["adapters"] == before
+    assert aligned(planted, **one, controls=False).provenance["adapters"] != before
+    assert aligned(planted, **one).provenance["adapters"] == before
 
 
 def test_an_expert_that_gets_no_tokens_is_a_status(tmp_path):
@@ -154,11 +159,180 @@ def test_an_expert_that_gets_no_tokens_is_a_status(tmp_path):
     assert "nothing about b" in result.findings[-1].text
 
 
+QUICK = {"protocol": "published", "controls": False, "target_experts": (0, 1)}
+
+
+def test_several_pairs_of_layers_in_one_call(planted):
+    both = aligned(planted, source=(0, 1), target=(1, 0), **QUICK)
+    for name in ("align", "layers"):
+        pairs = both.tables[name][["source_layer", "target_layer"]].drop_duplicates()
+        assert [tuple(pair) for pair in pairs.to_numpy()] == [(0, 1), (1, 0)]
+    assert len(both.table) == 2 * 2 * 2
+    assert sorted(set(both.tables["distributions"].panel)) == [
+        "expert outputs of layer 0",
+        "expert outputs of layer 1",
+        "input of layer 0",
+        "input of layer 1",
+    ]
+    assert "2 pairs of layers" in both.findings[0].text
+    alone = aligned(planted, source=1, target=0, **QUICK).table
+    same = both.table[both.table.source_layer == 1].reset_index(drop=True)
+    pd.testing.assert_frame_equal(alone, same)
+
+
+def test_a_finished_pair_of_layers_is_not_computed_again(planted, monkeypatch):
+    folder, _ = planted
+    before = aligned(planted, source=0, target=1, seed=3, **QUICK)
+    fitted = []
+
+    def watched(*arguments, **options):
+        fitted.append(options["source_name"])
+        return fit_pairs(*arguments, **options)
+
+    monkeypatch.setattr(align_work, "fit_pairs", watched)
+    after = aligned(planted, source=(1, 0), target=(0, 1), seed=3, **QUICK)
+    assert fitted == ["L1E0", "L1E1"]
+    kept = after.table[after.table.source_layer == 0].reset_index(drop=True)
+    pd.testing.assert_frame_equal(kept, before.table)
+    assert not [path for path in (folder / after.provenance["adapters"]).iterdir() if path.is_dir()]
+
+
+def test_an_interrupted_source_expert_goes_on_after_its_finished_fits(planted, monkeypatch):
+    whole = aligned(planted, seed=4, source_experts=(0,))
+    folder = planted[0] / whole.provenance["adapters"]
+    finished = folder / "L0E0-to-L1.align.parquet"
+    finished.unlink()
+    unfinished = folder / "L0E0-to-L1"
+
+    def cut_off(*arguments, outcomes, **options):
+        fit_pairs(*arguments, outcomes=outcomes, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(align_work, "fit_pairs", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        aligned(planted, seed=4, source_experts=(0,))
+    assert len(list(unfinished.glob("*.json"))) == 3 + 3 * 5 + 5 + 1
+
+    monkeypatch.undo()
+    again = aligned(planted, seed=4, source_experts=(0,))
+    pd.testing.assert_frame_equal(again.table, whole.table)
+    assert not unfinished.exists()
+
+
+def test_left_out_layers_are_every_layer_with_the_next(planted):
+    options = {"source_experts": (0,), "source": (), "target": ()}
+    table = aligned(planted, **options, **QUICK).table
+    assert set(zip(table.source_layer, table.target_layer, strict=True)) == {(0, 1)}
+
+
+def test_matched_sources_train_on_as_many_tokens(planted):
+    chosen = {"source": (0, 1), "target": (1, 0), "source_experts": (0, 1, 2)}
+    free = aligned(planted, **chosen, **QUICK).table
+    result = aligned(planted, **chosen, matched=True, **QUICK)
+    assert free.n_train.max() > free.n_train.min()
+    assert (result.table.n_train == free.n_train.min()).all()
+    assert result.table.n_val.tolist() == free.n_val.tolist()
+    assert result.provenance["matched_training_tokens"] == free.n_train.min()
+
+
+def test_form_and_regulariser_reach_the_fits(planted, monkeypatch):
+    asked = []
+
+    def watched(*arguments, **options):
+        asked.append(options["options"])
+        return fit_pairs(*arguments, **options)
+
+    monkeypatch.setattr(align_work, "fit_pairs", watched)
+    chosen = {"form": "low_rank", "rank": 3, "regulariser": "mmd", "regulariser_weight": 0.25}
+    result = aligned(planted, source_experts=(0,), target_experts=(0,), controls=False, **chosen)
+    (options,) = asked
+    assert {name: getattr(options, name) for name in chosen} == chosen
+    row = result.table.iloc[0]
+    assert (row.form, row["rank"]) == ("low_rank", 3)
+    assert row.parameters_share == row.adapter_parameters / row.expert_parameters
+    adapter = moescope.Adapter.load(
+        planted[0] / result.provenance["adapters"] / "L0E0-to-L1E0.safetensors"
+    )
+    assert adapter.num_parameters == row.adapter_parameters
+
+
+@pytest.fixture(scope="module")
+def with_curves(planted):
+    chosen = {"source_experts": (0,), "target_experts": (1, 2), "max_tokens": 1_200}
+    without = aligned(planted, **chosen)
+    return without, aligned(planted, **chosen, learning_curve=True, capacity=True)
+
+
+def test_curves_leave_the_pairs_as_they_are(with_curves):
+    without, result = with_curves
+    pd.testing.assert_frame_equal(result.table, without.table)
+    assert not {"learning", "capacity"} & set(without.tables)
+
+
+def test_learning_curve_ends_with_the_pairs_themselves(with_curves):
+    _, result = with_curves
+    learning = result.tables["learning"]
+    assert list(learning.columns) == list(result.table.columns)
+    for target in (1, 2):
+        curve = learning[learning.target_expert == target]
+        whole = curve.n_train.max()
+        shares = np.sort(curve.n_train) / whole
+        np.testing.assert_allclose(shares, [1 / 8, 1 / 4, 1 / 2, 1], atol=0.03)
+        row = result.table.set_index("target_expert").loc[target]
+        assert curve[curve.n_train == whole].fvu.item() == row.fvu
+        assert (curve.n_val == row.n_val).all()
+    assert any("training tokens the held-out FVU goes from" in f.text for f in result.findings)
+
+
+def test_capacity_curve_favours_the_planted_expert(with_curves):
+    capacity = with_curves[1].tables["capacity"]
+    by_target = capacity.groupby("target_expert")
+    advantage = by_target.advantage.first()
+    assert advantage[1] > 0.1
+    assert advantage[1] > advantage[2] + 0.1
+    assert by_target.parameters_saved.first()[1] > 1
+    assert set(capacity.kind) == {"real", "random"}
+    assert capacity.seed.nunique() == 5
+    expert = 3 * 64 * 32
+    np.testing.assert_allclose(capacity.parameters_share, capacity.adapter_parameters / expert)
+    (finding,) = [f for f in with_curves[1].findings if "equal size" in f.text]
+    assert finding.numbers["pairs"] == 2
+
+
+def test_estimated_work_adds_up(planted):
+    _, model = planted
+    work = find("align").work
+
+    def of(**options):
+        return work(model, build_options(AlignOptions, options, "align"))
+
+    one, other = of(source=0, target=1), of(source=1, target=0)
+    assert of(source=(0, 1), target=(1, 0)) == one + other
+    assert of() == one
+    # Eight targets with five random experts each, five more and the source itself: 54 fits; a
+    # capacity curve has five low ranks and the full matrix, each for the target, five random
+    # experts and the source itself.
+    low, full = (
+        (of(source=0, target=1, form=form) - of(source=0, target=1, form="identity")) / 54
+        for form in ("low_rank", "layer_norm")
+    )
+    with_capacity = of(source=0, target=1, capacity=True)
+    assert with_capacity - one == pytest.approx(8 * 7 * (5 * low + full))
+    assert of(source=0, target=1, learning_curve=True) == pytest.approx(4 * one)
+    assert of(source=0, target=1, form="scale") < one
+
+
 def test_bad_requests_are_refused(planted):
     with pytest.raises(OptionError, match="layer 0 has no expert 8.*0 to 7"):
         aligned(planted, source_experts=(8,))
     with pytest.raises(OptionError, match="protocol"):
         aligned(planted, protocol="publishd")
+    with pytest.raises(OptionError, match="form"):
+        aligned(planted, form="layer_nrm")
+    with pytest.raises(OptionError, match="pairs of layers.*2 and 1 layers"):
+        aligned(planted, source=(0, 1))
+    with pytest.raises(OptionError, match="layer 2"):
+        aligned(planted, source=(0, 1), target=(1, 2))
     folder, _ = planted
     with pytest.raises(CaptureError, match="another model"):
         moescope.align(folder, model=moescope.load(build("mixtral", seed=5)), source=0, target=1)

@@ -239,6 +239,81 @@ def test_alignment_in_which_every_pair_has_its_numbers():
         assert all(row.get("pair", "") is not None for row in rows)
 
 
+@pytest.fixture(scope="module")
+def all_layers(tmp_path_factory):
+    """What a model of six layers with eight experts gives, every option switched on."""
+    align = align_result(experts=8, layer_pairs=tuple((n, n + 1) for n in range(5)), curves=True)
+    folder = tmp_path_factory.mktemp("run")
+    return written(folder, routing_result(), align), align
+
+
+def test_all_pairs_of_layers_fit_on_one_page(all_layers):
+    source, _ = all_layers
+    assert len(source.encode()) < 2_000_000
+    specs = embedded(source, "specifications")
+    assert len(specs["align-score"]["concat"]) == 5
+    titles = [side["title"] for side in specs["align-published"]["concat"]]
+    assert len(titles) == 15
+    assert titles[3] == "Published: raw error, layer 1 \u2192 layer 2"
+    assert "1 \u2192 2" in json.dumps(specs["align-layers"], ensure_ascii=False)
+    assert "Experts are named layer.expert" in Page(source).text
+
+
+def test_capacity_is_drawn_with_its_summaries(all_layers):
+    source, align = all_layers
+    spec = embedded(source, "specifications")["align-capacity"]
+    headings = spec["facet"]["sort"]
+    assert headings[0].endswith("advantage +0.200, 6.5 times smaller")
+    assert headings[5].endswith("advantage -0.020")
+    rows = next(iter(spec["datasets"].values()))
+    capacity = align.tables["capacity"]
+    one = capacity[(capacity.source_layer == 0) & (capacity["rank"] == 4)]
+    one = one[(one.source_expert == 0) & (one.target_expert == 2) & (one.kind == "random")]
+    (drawn,) = [
+        row
+        for row in rows
+        if row["heading"] == headings[0] and row["rank"] == 4 and "random" in row["target"]
+    ]
+    assert drawn["value"] == pytest.approx(one.fvu.mean(), rel=1e-3)
+    assert drawn["high"] - drawn["low"] == pytest.approx(2 * one.fvu.std(), rel=0.05)
+    text = Page(source).text
+    measured = align.table.fvu.notna().sum()
+    assert f"Over {measured} pairs the advantage is -0.020 to +0.200 (median -0.020)" in text
+    assert "5 reach what random experts reach" in text
+
+
+def test_learning_shows_the_best_pair_of_each_imitated_expert(all_layers):
+    source, align = all_layers
+    spec = embedded(source, "specifications")["align-learning"]
+    assert spec["facet"]["sort"][0] == "0.0 \u2192 1.2"  # the planted one
+    rows = next(iter(spec["datasets"].values()))
+    drawn = [r for r in rows if r["heading"] == "0.0 \u2192 1.2" and r["curve"] == "pair"]
+    learning = align.tables["learning"]
+    wanted = learning[(learning.source_layer == 0) & (learning.source_expert == 0)]
+    wanted = wanted[wanted.target_expert == 2].sort_values("n_train")
+    assert [row["n_train"] for row in drawn] == wanted.n_train.tolist()
+    assert [row["value"] for row in drawn] == pytest.approx(wanted.fvu.tolist(), rel=1e-3)
+
+
+def test_summary_of_layers_holds_their_medians(all_layers):
+    source, align = all_layers
+    spec = embedded(source, "specifications")["align-layers"]
+    rows = [row for data in spec["datasets"].values() for row in data]
+    scored = align.table[align.table.score.notna() & (align.table.source_layer == 3)]
+    (pair,) = [r for r in rows if r.get("curve") == "pair" and r["layers"] == "3 \u2192 4"]
+    assert pair["value"] == pytest.approx(scored.fvu.median(), rel=1e-3)
+    (spread,) = [r for r in rows if "median" in r and r["layers"] == "3 \u2192 4"]
+    assert spread["max"] == pytest.approx(scored.score.max(), rel=1e-3)
+    assert spread["count"] == len(scored)
+
+
+def test_what_a_page_leaves_out_is_said(tmp_path):
+    align = align_result(experts=3, layer_pairs=tuple((n, n + 1) for n in range(8)))
+    text = Page(written(tmp_path, align)).text
+    assert "Shown: the first 6 of 8 pairs of layers." in text
+    assert "further imitated experts are in the table" in text
+
+
 @pytest.mark.slow
 def test_many_experts_and_layer_pairs_stay_readable(tmp_path):
     routing = routing_result(layers=3, experts=64, top_k=6)
@@ -248,7 +323,7 @@ def test_many_experts_and_layer_pairs_stay_readable(tmp_path):
     specs = embedded(source, "specifications")
     assert len(specs["align-score"]["concat"]) == 2
     assert "best pair of 24 imitated experts" in source
-    assert "the first 300 are shown" in source
+    assert "the first 187 are shown" in source  # 1,500 cells of 8 columns
 
 
 def test_a_name_is_registered_once():

@@ -134,7 +134,7 @@ def plan(
             seconds[entry.name] = entry.work(model, entry_options) / _operations_per_second()
     tokens, rows = 0, 0
     for batch in track(corpus.batches(model.tokenizer), "reading the text"):
-        tokens += int(batch.attention_mask.sum())
+        tokens += int((batch.documents >= 0).sum())
         rows += len(batch.input_ids)
     if not captured:
         batches = list(islice(corpus.batches(model.tokenizer), TIMED_BATCHES))

@@ -81,3 +81,16 @@ def cell_numbers(x: alt.X, y: alt.Y, value: str, number: str, strong: str) -> li
         style="number-strong", tooltip=None
     )
     return [weak.encode(x, y, text), loud.encode(x, y, text)]
+
+
+def facet_by_heading(
+    chart: alt.Chart | alt.LayerChart | alt.FacetChart, order: Sequence[str]
+) -> alt.FacetChart:
+    """One panel per `heading`, whose lines stand above it, each with its own axes."""
+    header = alt.Header(title=None, labelExpr="split(datum.label, '\\n')")
+    facet = alt.Facet("heading:N", sort=list(order), header=header)
+    lines = 1 + max((heading.count("\n") for heading in order), default=0)
+    panels: alt.FacetChart = chart.facet(
+        facet=facet, bounds="flush", spacing={"row": 60 + 15 * lines, "column": 58}
+    ).resolve_scale(x="independent", y="independent")
+    return panels

@@ -23,12 +23,15 @@ class Panels:
     """Least width of one plotting area; where there is less room, the chart scrolls."""
     preferred: int = 700
     """Greatest width of one plotting area."""
+    across: int | None = None
+    """Most columns; None for as many as there is room for."""
     beside: int = 60
     """Room for the axis labels and the gap next to a plotting area."""
 
     def layout(self, width: int) -> tuple[int, int]:
         """Columns, and width of one plotting area, in a box `width` pixels wide."""
-        columns = max(1, min(self.count, width // (self.minimum + self.beside)))
+        most = self.across or self.count
+        columns = max(1, min(most, self.count, width // (self.minimum + self.beside)))
         return columns, max(self.minimum, min(self.preferred, width // columns - self.beside))
 
 
@@ -60,5 +63,5 @@ def specification(
 
 
 def _short(row: dict[str, Any]) -> dict[str, Any]:
-    """A row with six digits, more than a chart can show; the tables keep them all."""
-    return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
+    """A row with four digits, more than a chart can show; the tables keep them all."""
+    return {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}

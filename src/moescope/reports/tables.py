@@ -9,12 +9,14 @@ import pandas as pd
 
 MOST_ROWS = 300
 """Rows of one table on the page; the files hold all of them."""
+MOST_CELLS = 1_500
+"""Cells of one table on the page."""
 _MISSING = '<td class="none">\u2013</td>'
 
 
 def table_html(frame: pd.DataFrame, caption: str) -> str:
     """A table whose headers sort it, in a box that scrolls by itself."""
-    shown = frame.head(MOST_ROWS)
+    shown = frame.head(_most_rows(frame))
     heads = "".join(
         f'<th scope="col"><button type="button">{html.escape(str(name))}</button></th>'
         for name in frame.columns
@@ -31,7 +33,12 @@ def table_html(frame: pd.DataFrame, caption: str) -> str:
 def size_in_words(frame: pd.DataFrame) -> str:
     """Rows and columns, and what of them the page shows."""
     size = f"{len(frame):,} rows, {frame.shape[1]} columns"
-    return size if len(frame) <= MOST_ROWS else f"{size}; the first {MOST_ROWS} are shown"
+    most = _most_rows(frame)
+    return size if len(frame) <= most else f"{size}; the first {most} are shown"
+
+
+def _most_rows(frame: pd.DataFrame) -> int:
+    return min(MOST_ROWS, MOST_CELLS // max(1, frame.shape[1]))
 
 
 def meanings_html(columns: Mapping[str, str], tables: Sequence[pd.DataFrame]) -> str:
@@ -71,4 +78,4 @@ def _cell(value: object, decimals: int) -> str:
     text = f"{number:,.{decimals}f}"
     if number and float(text.replace(",", "")) == 0:
         text = f"{number:.1e}"
-    return f'<td data-value="{number!r}">{text.replace("-", chr(0x2212))}</td>'
+    return f'<td data-value="{number:.6g}">{text.replace("-", chr(0x2212))}</td>'

@@ -3,18 +3,23 @@
 import altair as alt
 import pandas as pd
 
-from moescope.reports.marks import label, tip
+from moescope.reports.marks import facet_by_heading, tip
 from moescope.reports.panels import Panels
 from moescope.reports.registry import Figure
+
+_MOST_PANELS = 9
+_MOST_DOTS = 600
 
 
 def histograms(distributions: pd.DataFrame) -> Figure:
     """Histograms of the inputs and outputs, each on its own axis."""
-    frame = distributions.assign(
-        heading=distributions["panel"]
+    shown, which = _first_panels(distributions)
+    frame = shown.assign(
+        heading=shown["panel"]
         + "\n"
-        + distributions.apply(lambda r: f"mean {r['mean']:.2g}, sd {r['std']:.2g}", axis=1)
+        + shown.apply(lambda r: f"mean {r['mean']:.2g}, sd {r['std']:.2g}", axis=1)
     )
+    frame = frame[["heading", "bin_left", "bin_right", "density"]]
     order = frame["heading"].unique().tolist()
     few = alt.Axis(tickCount=4, grid=False)
     chart = (
@@ -25,7 +30,6 @@ def histograms(distributions: pd.DataFrame) -> Figure:
             alt.X2("bin_right"),
             alt.Y("density:Q", title="density", axis=few),
             tooltip=[
-                label("panel", "panel"),
                 tip("bin_left", "from", ".3~g"),
                 tip("bin_right", "to", ".3~g"),
                 tip("density", "density", ".3~g"),
@@ -37,23 +41,26 @@ def histograms(distributions: pd.DataFrame) -> Figure:
         name="align-distributions",
         title="Do the inputs and outputs live on the same scale?",
         how_to_read="Each panel is a histogram over all tokens and dimensions, with its own "
-        "axes: compare the means and standard deviations written above.",
+        f"axes: compare the means and standard deviations written above.{which}",
         limits="Equal histograms do not make equal inputs: directions matter, and they are not "
         "seen here.",
-        chart=_by_heading(chart, order),
+        chart=facet_by_heading(chart, order),
         panels=Panels(count=len(order), minimum=200, preferred=300),
     )
 
 
 def principal_components(pca: pd.DataFrame) -> Figure:
     """The first two principal components of the inputs and outputs."""
-    frame = pca.assign(
-        heading=pca["panel"]
+    shown, which = _first_panels(pca)
+    shown = shown.groupby("panel", sort=False).head(_MOST_DOTS // shown["panel"].nunique())
+    frame = shown.assign(
+        heading=shown["panel"]
         + "\n"
-        + pca.apply(
+        + shown.apply(
             lambda r: f"{r['explained1']:.0%} and {r['explained2']:.0%} of the variance", axis=1
         )
     )
+    frame = frame[["heading", "pc1", "pc2"]]
     order = frame["heading"].unique().tolist()
     axis = alt.Axis(tickCount=4)
     chart = (
@@ -62,7 +69,7 @@ def principal_components(pca: pd.DataFrame) -> Figure:
         .encode(
             alt.X("pc1:Q", title="first component", axis=axis),
             alt.Y("pc2:Q", title="second component", axis=axis),
-            tooltip=[label("panel", "panel"), tip("pc1", "first"), tip("pc2", "second")],
+            tooltip=[tip("pc1", "first"), tip("pc2", "second")],
         )
         .properties(height=180)
     )
@@ -70,20 +77,17 @@ def principal_components(pca: pd.DataFrame) -> Figure:
         name="align-pca",
         title="What shape do the inputs and outputs have?",
         how_to_read="One dot is one token, in the two directions of greatest variance of its "
-        "panel; axes differ between panels.",
+        f"panel; axes differ between panels.{which}",
         limits="Two components hold only the stated part of the variance; far-off dots may be a "
         "few tokens that carry most of it.",
-        chart=_by_heading(chart, order),
+        chart=facet_by_heading(chart, order),
         panels=Panels(count=len(order), minimum=200, preferred=300),
     )
 
 
-def _by_heading(chart: alt.Chart, order: list[str]) -> alt.FacetChart:
-    """One panel per heading, whose two lines stand above it, each with its own axes."""
-    header = alt.Header(title=None, labelExpr="split(datum.label, '\\n')")
-    facet = alt.Facet("heading:N", sort=order, header=header)
-    spacing = {"row": 90, "column": 58}
-    panels: alt.FacetChart = chart.facet(
-        facet=facet, bounds="flush", spacing=spacing
-    ).resolve_scale(x="independent", y="independent")
-    return panels
+def _first_panels(frame: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """The rows of as many panels as fit, and words for the others."""
+    panels = frame["panel"].unique()
+    left = len(panels) - _MOST_PANELS
+    which = f" {left} further panels are in the table." if left > 0 else ""
+    return frame[frame["panel"].isin(panels[:_MOST_PANELS])], which

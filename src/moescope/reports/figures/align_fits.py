@@ -3,7 +3,17 @@
 import altair as alt
 import pandas as pd
 
-from moescope.reports.figures.align_pairs import gaps, pair_tooltip
+from moescope.reports.figures.align_pairs import (
+    ERROR_FIELDS,
+    LAYERS,
+    NAMES,
+    gaps,
+    naming,
+    pair_tooltip,
+    several_layers,
+    shown_layer_pairs,
+    title_of,
+)
 from moescope.reports.marks import diverging, label, tip
 from moescope.reports.panels import Panels
 from moescope.reports.registry import Figure
@@ -19,6 +29,8 @@ CONTROLS = {
 _SHAPES = ["circle", "square", "diamond", "cross", "triangle-up", "triangle-right"]
 _MOST_ROWS = 64
 _MOST_SOURCES = 12
+_MOST_CURVES = 5
+_MOST_DOTS = 1_600
 _HIGHEST_FVU = 2.0
 
 
@@ -51,7 +63,7 @@ def controls(pairs: pd.DataFrame) -> Figure:
         title="Does the imitating expert help, or would anything do?",
         how_to_read="One row is one pair. The expert helps only where the round mark lies left "
         "of both the linear map and the random experts; the dashed line is the mean predictor; "
-        f"marks beyond {_HIGHEST_FVU:g} are drawn at the edge.",
+        f"marks beyond {_HIGHEST_FVU:g} are drawn at the edge.{naming(pairs)}",
         limits="The ceiling is what this solver reaches on a problem with a known answer, not a "
         f"bound on every solver.{which}{gaps(pairs)}",
         chart=chart.properties(height=alt.Step(22)),
@@ -105,45 +117,53 @@ def _control_tooltip() -> list[alt.Tooltip]:
 
 def error_against_size(pairs: pd.DataFrame) -> Figure:
     """Published error against the variance of the outputs that are imitated."""
+    groups, which = shown_layer_pairs(pairs)
+    if any(len(frame) > _MOST_DOTS for _, frame in groups):
+        groups = [(pair, frame.sample(_MOST_DOTS, random_state=0)) for pair, frame in groups]
+        which += f" Of the pairs of experts, {_MOST_DOTS:,} are drawn, chosen at random."
+    panels = [_size_panel(frame, title_of(pair)) for pair, frame in groups]
+    return Figure(
+        name="align-error-against-size",
+        title="Does the raw error measure likeness, or only the size of the outputs?",
+        how_to_read="One dot is one pair. Dots along a rising line: the raw error says how large "
+        f"the outputs of the imitated expert are. Colour is the score.{which}",
+        limits="A rising line does not prove that all pairs are equally alike; it says that the "
+        "raw error cannot tell.",
+        chart=alt.concat(*panels),
+        panels=Panels(count=len(panels), minimum=240, preferred=560 if len(panels) == 1 else 380),
+    )
+
+
+def _size_panel(frame: pd.DataFrame, title: str) -> alt.Chart:
+    known = frame[(frame["output_variance"] > 0) & (frame["published_mse"] > 0)]
     log = alt.Scale(type="log", nice=False, padding=12)
-    axis = alt.Axis(format=".1~g", tickCount=5)
-    chart = (
-        alt.Chart(pairs[(pairs["output_variance"] > 0) & (pairs["published_mse"] > 0)])
+    axis = alt.Axis(format=".1~g", tickCount=5, grid=False)
+    chart: alt.Chart = (
+        alt.Chart(known[[*NAMES, *ERROR_FIELDS]])
         .mark_circle(size=85, opacity=1, stroke="gray", strokeWidth=0.6)
         .encode(
             alt.X("output_variance:Q", scale=log, axis=axis, title="variance of f(x)"),
             alt.Y("published_mse:Q", scale=log, axis=axis, title="published error"),
             diverging("score", "score", 1.0),
-            tooltip=[*pair_tooltip(), tip("output_variance", "variance of f(x)", ".3~g")],
+            tooltip=pair_tooltip(ERROR_FIELDS),
         )
-        .properties(height=260)
+        .properties(height=260, title=title)
     )
-    return Figure(
-        name="align-error-against-size",
-        title="Does the raw error measure likeness, or only the size of the outputs?",
-        how_to_read="One dot is one pair. Dots along a rising line: the raw error says how large "
-        "the outputs of the imitated expert are. Colour is the score.",
-        limits="A rising line does not prove that all pairs are equally alike; it says that the "
-        "raw error cannot tell.",
-        chart=chart,
-        panels=Panels(minimum=240, preferred=560),
-    )
+    return chart
+
+
+_CURVE_NAMES = {"pair": "pair", "self": "calibration: itself, rotated"}
 
 
 def convergence(curves: pd.DataFrame) -> Figure:
     """Inner validation FVU against steps, for pairs and for the calibration."""
-    names = {"pair": "pair", "self": "calibration: itself, rotated"}
-    sources = sorted(curves["source_expert"].unique())
-    shown = curves[curves["source_expert"].isin(sources[:_MOST_SOURCES])]
-    shown = shown.assign(
-        curve=shown["kind"].replace(names),
-        source="imitated expert " + shown["source_expert"].astype(str),
-    )
-    order = [f"imitated expert {source}" for source in sources[:_MOST_SOURCES]]
+    shown, which = _curves_of_some(curves)
+    order = shown["heading"].unique().tolist()
     top = min(_HIGHEST_FVU, max(1.05, float(shown["fvu"].max())))
+    names = list(_CURVE_NAMES.values())
     key = alt.Legend(title=None, columns=2)
-    colours = alt.Scale(domain=list(names.values()), range="category")
-    dashes = alt.Scale(domain=list(names.values()), range=[[1, 0], [5, 3]])
+    colours = alt.Scale(domain=names, range="category")
+    dashes = alt.Scale(domain=names, range=[[1, 0], [5, 3]])
     chart = (
         alt.Chart(shown)
         .mark_line(clip=True, opacity=0.8)
@@ -154,28 +174,53 @@ def convergence(curves: pd.DataFrame) -> Figure:
             alt.StrokeDash("curve:N", legend=key, scale=dashes),
             detail="target_expert:N",
             tooltip=[
-                label("source_expert", "imitated expert"),
                 label("target_expert", "imitating expert"),
                 label("curve", "curve"),
                 tip("step", "step", ","),
-                tip("seconds", "seconds"),
                 tip("fvu", "validation FVU"),
             ],
         )
         .properties(height=130)
-        .facet(facet=alt.Facet("source:N", sort=order, header=alt.Header(title=None)))
+        .facet(facet=alt.Facet("heading:N", sort=order, header=alt.Header(title=None)))
         .resolve_axis(x="independent")
     )
-    left_out = len(sources) - len(order)
     return Figure(
         name="align-convergence",
         title="Had the fits come to rest?",
         how_to_read="Error on an inner part of the training tokens against steps; a line that "
         "still falls at its end was stopped too early. The dashed calibration has a perfect "
-        "answer, so what it leaves is left by the solver."
-        + (f" {left_out} further experts are in the table." if left_out else ""),
+        f"answer, so what it leaves is left by the solver.{which}",
         limits="A curve at rest need not be the best there is; the held-out tokens of the score "
         "are not used here.",
         chart=chart,
         panels=Panels(count=len(order), minimum=200, preferred=300),
     )
+
+
+def _curves_of_some(curves: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """Points of some imitated experts, about as many of each pair of layers, and what is left out.
+
+    Of the pairs of an expert, those that end lowest; its calibration once.
+    """
+    source = [*LAYERS, "source_expert"]
+    groups = len(curves[LAYERS].drop_duplicates())
+    each = _MOST_SOURCES if groups == 1 else max(1, _MOST_SOURCES // (2 * groups))
+    sources = curves[source].drop_duplicates().sort_values(source)
+    chosen = sources.groupby(LAYERS).head(each).head(_MOST_SOURCES)
+    points = chosen.merge(curves, on=source)
+    line = [*source, "kind", "target_expert"]
+    last = points.drop_duplicates(line, keep="last")[[*line, "fvu"]]
+    last["place"] = last.sort_values("fvu").groupby([*source, "kind"]).cumcount()
+    drawn = last[last["place"] < last["kind"].map({"pair": _MOST_CURVES, "self": 1})]
+    points = points.merge(drawn[line])
+    heading = "imitated expert " + points["source_expert"].astype(str)
+    if several_layers(curves):
+        layers = zip(points["source_layer"], points["target_layer"], strict=True)
+        heading += [f", {title_of(pair)}" for pair in layers]
+    points = points.assign(heading=heading, curve=points["kind"].map(_CURVE_NAMES))
+    left = len(sources) - len(chosen)
+    which = f" {left} further imitated experts are in the table." if left else ""
+    most = points[points["kind"] == "pair"].groupby("heading")["target_expert"].nunique().max()
+    if most == _MOST_CURVES:
+        which += f" Of each, at most the {_MOST_CURVES} pairs that end lowest are drawn."
+    return points[["heading", "target_expert", "curve", "step", "fvu"]], which

@@ -9,8 +9,8 @@
 
   // The same rule as Panels.layout in panels.py.
   function fit(specification, width) {
-    const { count, minimum, preferred, beside } = specification.usermeta.panels;
-    const columns = Math.max(1, Math.min(count, Math.floor(width / (minimum + beside))));
+    const { count, minimum, preferred, across, beside } = specification.usermeta.panels;
+    const columns = Math.max(1, Math.min(across ?? count, count, Math.floor(width / (minimum + beside))));
     const share = Math.floor(width / columns) - beside;
     const panel = Math.max(minimum, Math.min(preferred, share));
     const fitted = structuredClone(specification);
