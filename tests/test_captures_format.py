@@ -193,6 +193,7 @@ def test_manifest(folder):
                 "rows": 2,
                 "packed": True,
                 "skip_first": True,
+                "keep_padding": False,
                 "max_tokens": None,
                 "shuffle": 0,
                 "seed": 0,

@@ -62,6 +62,43 @@ def test_padding_and_first_positions_never_enter(done):
     assert (done.domain_of >= 0).all()
 
 
+def test_kept_padding_fills_the_experts_it_is_routed_to(tmp_path):
+    """Without attention all padding is the same vector, and its two experts get all of it."""
+    model = zoo.model()
+    inside = model.model.model.layers[0]
+    torch.nn.init.zeros_(inside.self_attn.o_proj.weight)
+    vector = inside.post_attention_layernorm(model.model.get_input_embeddings().weight[0])
+    wanted = set((model.layer(0).router_weight @ vector).topk(models_zoo.TOP_K).indices.tolist())
+
+    options = {"packed": False, "skip_first": False}
+    text = zoo.record(tmp_path / "text", model, zoo.corpus(**options), tokens_per_expert=10**6)
+    kept = zoo.record(
+        tmp_path / "kept",
+        model,
+        zoo.corpus(keep_padding=True, **options),
+        tokens_per_expert=10**6,
+    )
+    lengths = text.rows.bincount()
+    padding = int((12 - lengths).sum())
+    assert padding > 0.1 * kept.num_tokens
+    assert kept.num_tokens == text.num_tokens + padding == 12 * len(lengths)
+    for expert in range(models_zoo.NUM_EXPERTS):
+        more = len(kept.tokens_of(0, expert)) - len(text.tokens_of(0, expert))
+        assert more == (padding if expert in wanted else 0)
+
+    is_padding = kept.positions >= lengths[kept.rows]
+    assert (kept.token_ids[is_padding] == 0).all()
+    first = kept.positions == 0
+    for name in ("documents", "domain_of"):
+        values = getattr(kept, name)
+        assert torch.equal(values, values[first][kept.rows])
+    sample = kept.expert_inputs(0, min(wanted))
+    own = is_padding[sample.tokens]
+    assert int(own.sum()) == padding
+    torch.testing.assert_close(sample.values[own], vector.expand(padding, -1).detach())
+    assert text.document_names == kept.document_names
+
+
 def test_routing_is_recorded_for_every_token(done, expected):
     for layer in done.layers:
         routing = done.routing(layer)

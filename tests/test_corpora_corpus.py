@@ -264,3 +264,36 @@ def test_the_tokenizer_hash_follows_what_it_does_not_what_it_did():
     assert tokenizer_sha256(byte_tokenizer(begins=True)) != plain
     assert tokenizer_sha256(byte_tokenizer(chat_template="x")) != plain
     assert tokenizer_sha256(None) is None
+
+
+def test_kept_padding_belongs_to_the_document_of_its_row():
+    given_documents = {"a": [[5] * 6, [6] * 2], "b": [[7] * 4]}
+    options = {"length": 4, "packed": False, "shuffle": 0, "rows": 8}
+    kept = batches(Corpus.from_token_ids(given_documents, Packing(keep_padding=True, **options)))[0]
+    masked = batches(Corpus.from_token_ids(given_documents, Packing(**options)))[0]
+    rows = [[5, 5, 5, 5], [7, 7, 7, 7], [5, 5, 0, 0], [6, 6, 0, 0]]
+    assert kept.input_ids.tolist() == masked.input_ids.tolist() == rows
+    assert torch.equal(kept.attention_mask, masked.attention_mask)
+    assert kept.attention_mask.tolist()[2:] == [[1, 1, 0, 0]] * 2
+    assert kept.documents.tolist() == [[0] * 4, [1] * 4, [0] * 4, [2] * 4]
+    assert kept.domains.tolist() == [[0] * 4, [1] * 4, [0] * 4, [0] * 4]
+    assert kept.kept.tolist() == [[False, True, True, True]] * 4
+    assert masked.documents.tolist()[2:] == [[0, 0, -1, -1], [2, 2, -1, -1]]
+
+
+def test_the_same_text_is_read_whether_padding_is_kept():
+    given_documents = {"a": [[n] * (n % 5 + 1) for n in range(30)]}
+    ids = [
+        rows_of(batches(Corpus.from_token_ids(given_documents, Packing(length=4, **options))))
+        for options in (
+            {"packed": False, "max_tokens": 40},
+            {"packed": False, "max_tokens": 40, "keep_padding": True},
+        )
+    ]
+    assert ids[0] == ids[1]
+    assert 40 <= sum(map(len, ids[0])) < 44
+
+
+def test_joined_rows_have_no_padding_to_keep():
+    with pytest.raises(OptionError, match="Set packed to false"):
+        Packing(keep_padding=True)

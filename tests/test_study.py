@@ -67,7 +67,7 @@ def test_a_capture_of_another_text_is_not_replaced(tiny, tmp_path):
     [
         ({"analysis": {}}, "Did you mean 'analyses'"),
         ({"analyses": {"alin": {}}}, "Did you mean 'align'"),
-        ({"analyses": {"align": {"source": 1}}}, "lacks target"),
+        ({"analyses": {"align": {"source": 1}}}, "pairs of layers.*1 and 0 layers"),
         ({"capture": {"tokens": -1}}, "too small"),
     ],
 )

@@ -7,7 +7,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moescope.alignment.capacity import capacity_curve
     from moescope.alignment.fit import AlignmentResult, fit
+    from moescope.alignment.learning import learning_curve
+    from moescope.alignment.options import FitOptions
+    from moescope.alignment.pairs import fit_pairs
     from moescope.alignment.samples import Samples
     from moescope.analyses.align import align
     from moescope.analyses.routing import routing
@@ -22,6 +26,7 @@ if TYPE_CHECKING:
     from moescope.models.load import load
     from moescope.models.view import MoELayer, MoEModel, Routing
     from moescope.reports.write import report
+    from moescope.reproduction import reproduce
     from moescope.runs import Result, Run
     from moescope.scheduler import study
 
@@ -33,6 +38,7 @@ _HOMES = {
     "Capture": "captures.read",
     "Corpus": "corpora.corpus",
     "ExpertWeights": "experts.weights",
+    "FitOptions": "alignment.options",
     "MoELayer": "models.view",
     "MoEModel": "models.view",
     "MoEScopeError": "errors",
@@ -41,12 +47,16 @@ _HOMES = {
     "Run": "runs",
     "Samples": "alignment.samples",
     "align": "analyses.align",
+    "capacity_curve": "alignment.capacity",
     "capture": "captures.record",
     "conformance": "models.conformance",
     "fit": "alignment.fit",
+    "fit_pairs": "alignment.pairs",
     "inspect": "models.inspection",
+    "learning_curve": "alignment.learning",
     "load": "models.load",
     "report": "reports.write",
+    "reproduce": "reproduction",
     "routing": "analyses.routing",
     "study": "scheduler",
 }
@@ -57,6 +67,7 @@ __all__ = [
     "Capture",
     "Corpus",
     "ExpertWeights",
+    "FitOptions",
     "MoELayer",
     "MoEModel",
     "MoEScopeError",
@@ -66,12 +77,16 @@ __all__ = [
     "Samples",
     "__version__",
     "align",
+    "capacity_curve",
     "capture",
     "conformance",
     "fit",
+    "fit_pairs",
     "inspect",
+    "learning_curve",
     "load",
     "report",
+    "reproduce",
     "routing",
     "study",
 ]

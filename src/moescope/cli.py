@@ -21,6 +21,7 @@ from moescope.errors import MoEScopeError, OptionError
 from moescope.models.inspection import inspect
 from moescope.models.load import load
 from moescope.reports.write import report
+from moescope.reproduction import reproduce
 from moescope.runs import Result, to_json
 from moescope.scheduler import StudyConfig, open_corpus, plan, study
 
@@ -62,6 +63,7 @@ def commands() -> dict[str, Callable[..., None]]:
         "demo": demo_command,
         "inspect": inspect_command,
         "study": study_command,
+        "reproduce": reproduce_command,
         "capture": capture_command,
         "report": report_command,
     }
@@ -121,6 +123,26 @@ def study_command(
         print(to_json(planned.as_dict()) if as_json else planned)
     else:
         _show_report(report(study(opened, out, settings)), as_json)
+
+
+def reproduce_command(
+    file: Positional[Path],
+    out: Path,
+    model: str | None = None,
+    corpus: CorpusArguments = (),
+    device_map: str | None = None,
+    as_json: Json = False,
+) -> None:
+    """Run a published study and the same done right, beside the published values; resumes.
+
+    Args:
+        file: YAML file of a published table, such as reproduce/moe_align_table1.yaml.
+        out: Run folder; the study done right goes into its folder `corrected`.
+        model: Another model in the place of the published one; nothing is comparable then.
+        device_map: Where the weights go, such as `cuda` or `auto`; the processor if left out.
+    """
+    run = reproduce(file, out, model=model, corpus=_sources(corpus) or None, device_map=device_map)
+    _show_report(report(run), as_json)
 
 
 def capture_command(

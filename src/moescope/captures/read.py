@@ -34,7 +34,7 @@ class Capture:
     """An opened capture.
 
     Tokens are the kept positions of the corpus in its order, T of them; padding is not among
-    them. Tensors are read from the disk when they are asked for.
+    them unless the packing kept it. Tensors are read from the disk when they are asked for.
     """
 
     def __init__(self, run: str | os.PathLike[str]) -> None:

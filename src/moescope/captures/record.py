@@ -44,10 +44,10 @@ def capture(
 ) -> Capture:
     """Run the corpus through the model once and record what its MoE layers do.
 
-    `CaptureOptions` describes the options. Masked positions never enter. Interrupted in any way
-    and called again, it goes on after the last complete group of shards and ends with the same
-    bytes; called again after the end, it opens what is there, having read local files of the
-    corpus only to see that they are the same.
+    `CaptureOptions` describes the options. Only positions that the corpus keeps enter. Interrupted
+    in any way and called again, it goes on after the last complete group of shards and ends with
+    the same bytes; called again after the end, it opens what is there, having read local files of
+    the corpus only to see that they are the same.
 
     Args:
         model: The model; it is put into evaluation mode meanwhile.

@@ -29,8 +29,12 @@ class Packing:
     skip_first: bool = True
     """Leave the first position of every row out of all measures: it attends to nothing but
     itself, and many models use it as an attention sink."""
+    keep_padding: bool = False
+    """Treat the padding of every row as text of its document: it is recorded, counted in every
+    measure and sampled, though attention does not see it. A mistake of published studies, to be
+    repeated on purpose; only where documents are not packed."""
     max_tokens: int | None = None
-    """Stop after the row that completes this many tokens, padding not counted; None reads all."""
+    """Stop after the row that completes this many tokens of text; None reads all."""
     shuffle: int = 1_000
     """Documents held in the shuffling buffer of each domain; 0 keeps the order of the source."""
     seed: int = 0
@@ -42,6 +46,11 @@ class Packing:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise OptionError(f"{name} is too small", got=value, expected=f"at least {least}")
+        if self.keep_padding and self.packed:
+            raise OptionError(
+                "keep_padding goes with rows of one document: joined rows have no padding to keep",
+                remedy="Set packed to false too",
+            )
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -53,11 +62,11 @@ class Batch:
     attention_mask: Int64[Tensor, "rows length"]
     """1 at tokens, 0 at padding, which is always at the right."""
     kept: Bool[Tensor, "rows length"]
-    """Positions that enter measures: no padding, and no first positions unless asked for."""
+    """Positions that enter measures: no padding and no first positions unless asked for."""
     documents: Int64[Tensor, "rows length"]
-    """Running number of the document over the whole corpus, -1 at padding."""
+    """Running number of the document over the whole corpus, -1 at padding that is not kept."""
     domains: Int64[Tensor, "rows length"]
-    """Index into the domains of the corpus, -1 at padding."""
+    """Index into the domains of the corpus, -1 at padding that is not kept."""
     first_row: int
     """Number of the first row within the corpus."""
     document_names: Mapping[int, str]
@@ -130,14 +139,21 @@ def collate(
     packing: Packing,
     padding: int,
 ) -> Batch:
-    """Pad rows to one length and set the masks."""
+    """Pad rows to one length and set the masks.
+
+    Kept padding belongs to the document and the domain of its row.
+    """
     shape = (len(rows), packing.length)
     input_ids = torch.full(shape, padding, dtype=torch.int64)
+    attention_mask = torch.zeros(shape, dtype=torch.int64)
     documents = torch.full(shape, -1, dtype=torch.int64)
     domains = torch.full(shape, -1, dtype=torch.int64)
     for number, row in enumerate(rows):
         size = len(row.ids)
         input_ids[number, :size] = torch.from_numpy(row.ids)
+        attention_mask[number, :size] = 1
+        if packing.keep_padding:
+            documents[number], domains[number] = int(row.documents[-1]), row.domain
         documents[number, :size] = torch.from_numpy(row.documents)
         domains[number, :size] = row.domain
     kept = documents >= 0
@@ -145,7 +161,7 @@ def collate(
         kept[:, 0] = False
     return Batch(
         input_ids=input_ids,
-        attention_mask=(documents >= 0).long(),
+        attention_mask=attention_mask,
         kept=kept,
         documents=documents,
         domains=domains,

@@ -29,7 +29,7 @@ class SpecialTokens:
     end: int | None
     """Stands between two documents of a row."""
     padding: int
-    """Fills the last row; always masked."""
+    """Fills rows that are not full; attention never sees it."""
 
     @classmethod
     def of(cls, tokenizer: Tokenizer | None) -> "SpecialTokens":
