@@ -60,7 +60,7 @@ def threads():
 
 
 def assert_close(rows, others):
-    """Equal but for rounding: sums over tokens are split between threads."""
+    """Equal but for rounding: batches and threads of another number sum in another order."""
     for name, row in rows.items():
         for column, value in row.items():
             if isinstance(value, float):
@@ -188,7 +188,7 @@ def test_an_interrupted_call_goes_on_where_it_stopped(on_disk, number, threads, 
     for name, result in found.items():
         assert [p.step for p in result.curve] == [p.step for p in expected[name].curve]
         for part, tensor in result.adapter.tensors().items():
-            assert torch.equal(tensor, expected[name].adapter.tensors()[part])
+            torch.testing.assert_close(tensor, expected[name].adapter.tensors()[part])
 
 
 def test_a_finished_call_fits_nothing(tmp_path):

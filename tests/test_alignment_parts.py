@@ -20,6 +20,7 @@ from moescope.alignment.controls import (
     rotation_for,
     same_output_space,
 )
+from moescope.alignment.domains import Domain
 from moescope.alignment.fit import fit
 from moescope.alignment.published import initial_adapter, train_as_published
 from moescope.alignment.randomness import generator
@@ -27,7 +28,6 @@ from moescope.alignment.samples import Samples
 from moescope.alignment.score import Errors, score_of
 from moescope.alignment.solver import Clock
 from moescope.alignment.stack import ExpertStack, same_shape
-from moescope.alignment.domains import Domain
 from moescope.alignment.whitening import Whitening
 from moescope.experts.weights import ExpertWeights
 

@@ -127,28 +127,38 @@ def test_a_one_way_relation_is_reported_one_way(seed):
     assert back.score_high < there.score
 
 
+@pytest.mark.slow
 def test_sharing_the_output_space_alone_is_no_advantage():
-    """Random experts with a trained one's down projection fit it far better than others do."""
-    source = trained_expert(seed=1)
-    train, held_out = samples(source, normalised(1_000, seed=1))
-    targets = {f"same {j}": e for j, e in enumerate(same_output_space(source, 0, "planted"))}
-    targets |= {f"other {seed}": expert(HIDDEN, 8, seed) for seed in (50, 51)}
-    found = fit_pairs(
-        train,
-        held_out,
-        targets,
-        source=source,
-        target_inputs=dict.fromkeys(targets, normalised(300, seed=9)),
-        options=FitOptions(solver=QUICK),
-    )
-    same = [result for name, result in found.items() if name.startswith("same")]
-    others = [result for name, result in found.items() if name.startswith("other")]
-    # The advantage is there, and large, in the error; not in the score.
-    assert max(r.fvu for r in same) < 0.6 * min(r.fvu for r in others)
-    assert all(r.fvu_random_down < 0.6 * r.fvu_random_all for r in same)
-    for result in same:
-        assert result.score_low <= 0
-    assert sum(r.score for r in same) / len(same) < 0.25
+    """Random experts with a trained one's down projection, among random experts of either kind.
+
+    They are draws of the first kind, so each is as likely to be at any rank among its own five:
+    2.5 on average, with a standard error of 1.71 / sqrt(30) for thirty of them. Against the second
+    kind, which does not share the output space, their advantage is plain.
+    """
+    own, others, above = [], [], 0
+    for seed in range(7, 13):
+        source = trained_expert(seed=seed)
+        train, held_out = samples(source, normalised(1_000, seed=seed))
+        targets = {f"same {j}": e for j, e in enumerate(same_output_space(source, 0, "planted"))}
+        outcomes = {}
+        found = fit_pairs(
+            train,
+            held_out,
+            targets,
+            source=source,
+            target_inputs=dict.fromkeys(targets, normalised(300, seed=9)),
+            options=FitOptions(solver=QUICK),
+            outcomes=outcomes,
+        )
+        errors = {label: outcome.errors.sum() for label, outcome in outcomes.items()}
+        for name, result in found.items():
+            pair = errors["pair", name]
+            own.append(sum(errors["same output space", name, j] < pair for j in range(5)))
+            others.append(sum(errors["all random", j] < pair for j in range(5)))
+            above += result.score_low > 0
+    assert abs(sum(own) / 30 - 2.5) < 3 * 1.71 / 30**0.5
+    assert sum(others) / 30 < 0.5
+    assert above <= 3  # 2.5% of thirty: four or more in less than 1 of 100
 
 
 DEGENERATE = {

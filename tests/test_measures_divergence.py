@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import MultivariateNormal, kl_divergence
 
+from moescope.alignment.domains import Domain
 from moescope.alignment.options import FitOptions
 from moescope.alignment.regularisers import divergences, penalty
-from moescope.alignment.domains import Domain
 from moescope.errors import OptionError
 from moescope.measures.divergence import gaussian_kl, median_bandwidth, mmd, shrunken_moments
 

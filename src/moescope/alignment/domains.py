@@ -70,7 +70,7 @@ def coordinates(form: Form, inputs: Float[Tensor, "tokens hidden"], shrinkage: f
     the inputs hardly move.
     """
     if form in ("layer_norm", "linear"):
-        return Whitening.of(inputs, shrinkage, power=0.25)
+        return Whitening.in_part(inputs, shrinkage)
     if form == "orthogonal":
         mean = inputs.mean(0)
         scale = (inputs - mean).square().mean().sqrt().clamp_min(1e-6)

@@ -54,8 +54,8 @@ class SourceLinear:
 
     jacobian: Float[Tensor, "hidden hidden"]
     """[in, out]: mean derivative of its outputs by its inputs."""
-    scale: Float[Tensor, ""]
-    """Root mean square distance of its inputs from their mean, per dimension."""
+    spread: Float[Tensor, " hidden"]
+    """Standard deviation of every dimension of its inputs."""
     back: Float[Tensor, "hidden hidden"]
     """[plain, task]: takes inputs in the coordinates of the task to plain ones, without mean."""
 
@@ -81,5 +81,6 @@ class SourceLinear:
         else:
             experts = ExpertStack.of([source], train.inputs.device)
             jacobian = mean_jacobians(experts, train.inputs[None, :_TOKENS])[0]
-        scale = (train.inputs - white.mean).square().mean().sqrt().clamp_min(1e-6)
-        return cls(jacobian, scale, coordinates.inverse)
+        spread = train.inputs.std(0, correction=0)
+        spread = spread.clamp_min(1e-3 * float(spread.square().mean().sqrt())).clamp_min(1e-6)
+        return cls(jacobian, spread, coordinates.inverse.mT)

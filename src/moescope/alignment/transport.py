@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -30,61 +31,125 @@ def transported_start(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """First tensors of the forms with a full matrix, and the units of their steps.
 
-    The nearer the start comes to the source, the smaller are the steps of the matrix.
-
-    LayerNorm gives every token the same norm and takes the mean away. A constant far larger than
-    what moves leaves it nearly linear: then it takes away one direction, that of the constant,
-    which is chosen as the one that the target reads least.
+    Of two turns the one that leaves less error. The nearer it comes to the source, the smaller are
+    the steps of the matrix.
     """
-    maps = transports(source, experts, domains)
-    size = maps.square().sum(2).mean(1, keepdim=True).sqrt()  # [fits, 1]
-    weight = orthogonal(maps) if form == "orthogonal" else maps / size[:, :, None]
-    mean = torch.stack([domain.whitening.mean for domain in domains])
-    offset, stretch = torch.zeros_like(mean), 1.0
-    if form == "layer_norm":
-        offset, stretch = _OFFSET * least_read(experts), math.sqrt(1 + _OFFSET**2)
-    mixed = torch.baddbmm(offset[:, None], train.inputs[:_FEW].expand(len(mean), -1, -1), weight.mT)
-    if form == "layer_norm":
-        mixed = layer_norm(mixed, mean.shape[-1:])
-    moved = (mixed - offset[:, None] / stretch) * (stretch * size[:, None])
-    share, error = best_share(moved, mean, experts, train)
-    gain = share * stretch * size
-    unit = _VECTOR_UNIT * stretch * size
-    steps = _MATRIX_UNIT * error.clamp_max(1)
-    tensors = {
-        "weight": gain[:, :, None] * weight if form == "linear" else weight,
-        "bias": offset,
-        "gain": gain.clone() if form == "orthogonal" else gain.expand_as(mean).clone(),
-        "shift": mean - offset / stretch * gain,
-    }
-    units = {
-        "weight": (steps * size if form == "linear" else steps)[:, :, None],
-        "bias": torch.full_like(size, _VECTOR_UNIT),
-        "gain": unit,
-        "shift": unit / stretch,
-    }
-    return tensors, units
+    even = torch.stack([domain.scale.expand_as(domain.spread) for domain in domains])
+    uneven = torch.stack([domain.spread for domain in domains])
+    jacobians = torch.cat(
+        [
+            mean_jacobians(experts.keep(torch.tensor([i])), domain.inputs[None])
+            for i, domain in enumerate(domains)
+        ]
+    )
+    source_even = source.spread.square().mean().sqrt().expand_as(source.spread)
+    maps = [turns(source, source_even, jacobians, even)]
+    if form != "orthogonal":
+        maps.append(turns(source, source.spread, jacobians, uneven))
+    means = torch.stack([domain.whitening.mean for domain in domains])
+    spread = even if form == "orthogonal" else uneven
+    found = [_Start.of(form, m / spread[:, :, None], spread, means, experts, train) for m in maps]
+    best = found[0]
+    for other in found[1:]:
+        best = best.or_better(other)
+    return best.tensors, best.units
 
 
-def transports(
-    source: SourceLinear, experts: ExpertStack, domains: Sequence[Domain]
+def turns(
+    source: SourceLinear,
+    source_spread: Float[Tensor, " hidden"],
+    jacobians: Float[Tensor, "fits hidden hidden"],
+    spread: Float[Tensor, "fits hidden"],
 ) -> Float[Tensor, "fits hidden hidden"]:
     """For every target, the turn of the source's inputs that best lines up the linear parts.
 
-    The rotation is the one for which the mean derivative of the target behind it comes nearest to
-    that of the source (orthogonal Procrustes problem, Schoenemann 1966); the size is that of the
-    target's inputs. Matching all second moments does worse: it blows up directions in which the
-    source's inputs hardly move.
+    In units of the spreads, it is the rotation for which the mean derivative of the target behind
+    it comes nearest to that of the source (orthogonal Procrustes problem, Schoenemann 1966).
+    Matching all second moments does worse: it blows up directions in which the source's inputs
+    hardly move.
+
+    Args:
+        source: Linear part of the source.
+        source_spread: Of its inputs: one number for all dimensions, or one for each.
+        jacobians: Mean Jacobians of the targets, [in, out].
+        spread: Of the inputs of each target, in the same way.
 
     Returns:
         [target input, coordinates of the task].
     """
-    found = []
-    for i, domain in enumerate(domains):
-        jacobian = mean_jacobians(experts.keep(torch.tensor([i])), domain.inputs[None])[0]
-        rotation = orthogonal(jacobian @ source.jacobian.T)
-        found.append(domain.scale / source.scale * rotation @ source.back)
-    return torch.stack(found)
+    # Products one by one, as everywhere: folded into one, they would be rounded by their company.
+    aligned = torch.bmm(jacobians, source.jacobian.mT.expand_as(jacobians))
+    rotations = orthogonal(spread[:, :, None] * aligned * source_spread)
+    return torch.bmm(
+        spread[:, :, None] * rotations / source_spread, source.back.expand_as(rotations)
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Start:
+    """Where fits may begin, and how well."""
+
+    tensors: dict[str, Tensor]
+    units: dict[str, Tensor]
+    error: Float[Tensor, "fits 1"]
+    """On a few tokens, as a fraction of the variance."""
+
+    @classmethod
+    def of(
+        cls,
+        form: Form,
+        maps: Float[Tensor, "fits hidden hidden"],
+        spread: Float[Tensor, "fits hidden"],
+        means: Float[Tensor, "fits hidden"],
+        experts: ExpertStack,
+        train: Samples,
+    ) -> "_Start":
+        """From maps to the target's inputs, in units of their spread.
+
+        LayerNorm gives every token the same norm and takes the mean away. A constant far larger
+        than what moves leaves it nearly linear: then it takes away one direction, that of the
+        constant, which is chosen as the one that the target reads least.
+        """
+        size = maps.square().sum(2).mean(1, keepdim=True).sqrt()  # [fits, 1]
+        weight = orthogonal(maps) if form == "orthogonal" else maps / size[:, :, None]
+        offset, stretch = torch.zeros_like(means), 1.0
+        if form == "layer_norm":
+            offset, stretch = _OFFSET * least_read(experts, spread), math.sqrt(1 + _OFFSET**2)
+        few = train.inputs[:_FEW].expand(len(means), -1, -1)
+        mixed = torch.bmm(few, weight.mT) + offset[:, None]
+        if form == "layer_norm":
+            mixed = layer_norm(mixed, means.shape[-1:])
+        reach = stretch * size * spread  # [fits, hidden]
+        moved = (mixed - offset[:, None] / stretch) * reach[:, None]
+        share, error = best_share(moved, means, experts, train)
+        gain, steps = share * reach, _MATRIX_UNIT * error.clamp_max(1)[:, :, None]
+        one = gain[:, :1] if form == "orthogonal" else gain
+        tensors = {
+            "weight": gain[:, :, None] * weight if form == "linear" else weight,
+            "bias": offset,
+            "gain": one.clone(),
+            "shift": means - offset / stretch * gain,
+        }
+        units = {
+            "weight": steps * reach[:, :, None] if form == "linear" else steps,
+            "bias": torch.full_like(size, _VECTOR_UNIT),
+            "gain": _VECTOR_UNIT * (reach[:, :1] if form == "orthogonal" else reach),
+            "shift": _VECTOR_UNIT * reach / stretch,
+        }
+        return cls(tensors=tensors, units=units, error=error)
+
+    def or_better(self, other: "_Start") -> "_Start":
+        """For every fit the one with the smaller error."""
+
+        def chosen(mine: Tensor, theirs: Tensor) -> Tensor:
+            better = (other.error < self.error).reshape(-1, *[1] * (mine.ndim - 1))
+            return torch.where(better, theirs, mine)
+
+        return _Start(
+            tensors={name: chosen(t, other.tensors[name]) for name, t in self.tensors.items()},
+            units={name: chosen(t, other.units[name]) for name, t in self.units.items()},
+            error=chosen(self.error, other.error),
+        )
 
 
 def orthogonal(matrices: Float[Tensor, "*fits rows rows"]) -> Float[Tensor, "*fits rows rows"]:
@@ -94,11 +159,17 @@ def orthogonal(matrices: Float[Tensor, "*fits rows rows"]) -> Float[Tensor, "*fi
     return nearest
 
 
-def least_read(experts: ExpertStack) -> Float[Tensor, "fits hidden"]:
-    """The direction that gate and up read least: mean taken away, root mean square one."""
+def least_read(
+    experts: ExpertStack, spread: Float[Tensor, "fits hidden"]
+) -> Float[Tensor, "fits hidden"]:
+    """The direction that gate and up read least, in units of the spread of their inputs.
+
+    Its mean is taken away, its root mean square is one.
+    """
     gram = torch.bmm(experts.up, experts.up.mT)
     if experts.gate is not None:
         gram = torch.baddbmm(gram, experts.gate, experts.gate.mT)
+    gram = spread[:, :, None] * gram * spread[:, None]
     direction = torch.linalg.eigh(gram)[1][:, :, 0]
     return layer_norm(direction, direction.shape[-1:], eps=1e-12)
 

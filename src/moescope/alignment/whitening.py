@@ -9,12 +9,12 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Whitening:
-    """`white = (x - mean) @ matrix`, with `matrix` symmetric."""
+    """`white = (x - mean) @ matrix`."""
 
     mean: Float[Tensor, " hidden"]
     """Mean of the inputs."""
     matrix: Float[Tensor, "hidden hidden"]
-    """Inverse square root of the shrunken covariance, or a smaller power of it."""
+    """Inverse square root of the shrunken covariance, or less of it."""
     inverse: Float[Tensor, "hidden hidden"]
     """Inverse of `matrix`."""
 
@@ -31,8 +31,8 @@ class Whitening:
         Args:
             x: The inputs.
             shrinkage: How much of the diagonal.
-            power: Of the covariance in the inverse of the matrix: with less than a half the inputs
-                are white in part, with a mean variance of one over the dimensions all the same.
+            power: Of the covariance in the inverse of the matrix. With less than a half the inputs
+                are white in part; their mean variance is one all the same.
         """
         wide = x.double()
         mean = wide.mean(0)
@@ -51,6 +51,13 @@ class Whitening:
             ((vectors * root) @ vectors.T).float(),
         )
 
+    @classmethod
+    def in_part(cls, x: Float[Tensor, "tokens hidden"], shrinkage: float) -> "Whitening":
+        """Every dimension at unit variance, then half way to white."""
+        scaled = cls.of(x, 1.0)
+        rest = cls.of(scaled(x), shrinkage, power=0.25)
+        return cls(scaled.mean, scaled.matrix @ rest.matrix, rest.inverse @ scaled.inverse)
+
     def __call__(self, x: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens hidden"]:
         """Inputs in the new coordinates."""
         return (x - self.mean) @ self.matrix
@@ -59,5 +66,5 @@ class Whitening:
         self, weight: Float[Tensor, "fits hidden hidden"], bias: Float[Tensor, "fits hidden"]
     ) -> tuple[Float[Tensor, "fits hidden hidden"], Float[Tensor, "fits hidden"]]:
         """The map on plain inputs that equals `weight`, `bias` on white ones."""
-        plain = weight @ self.matrix
+        plain = weight @ self.matrix.mT
         return plain, bias - plain @ self.mean
