@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moescope.alignment.candidates import Candidate, Workshop, enough_inputs
+from moescope.alignment.checks import refusal, require_fitting
 from moescope.alignment.forms import num_parameters
 from moescope.alignment.held_out import HeldOut
 from moescope.alignment.options import MINIMUM_HELD_OUT, MINIMUM_TRAIN, FitOptions
@@ -18,7 +19,7 @@ from moescope.alignment.randomness import generator
 from moescope.alignment.samples import Samples
 from moescope.alignment.solver import Fit, Task, solve
 from moescope.alignment.stack import same_shape
-from moescope.errors import AlignmentError
+from moescope.errors import AlignmentError, OptionError
 from moescope.experts.adapter import Form
 from moescope.experts.weights import ExpertWeights
 
@@ -64,9 +65,12 @@ class Capacity:
         """How much less FVU the target leaves than random ones at equal capacity.
 
         That is the area between the two curves over the logarithm of the parameters, divided by its
-        width. Near zero: the adapter does the work, whatever stands behind it.
+        width. Near zero: the adapter does the work, whatever stands behind it. NaN where there is
+        the full adapter alone.
         """
         log_parameters = np.log(self._parameters)
+        if len(log_parameters) < 2:
+            return math.nan
         gap = self._fvu("random") - self._fvu("real")
         return float(np.trapezoid(gap, log_parameters) / np.ptp(log_parameters))
 
@@ -133,12 +137,21 @@ def capacity_curve(
         options: Solver, seed, regulariser, and budget for all fits; the form is not used.
 
     Raises:
-        AlignmentError: There are too few tokens, or the outputs do not vary.
+        AlignmentError: There are too few tokens, the outputs do not vary, shapes do not fit, or a
+            tensor holds NaN or infinity.
+        OptionError: The protocol is the published one.
     """
+    if options.protocol == "published":
+        raise OptionError(
+            "a capacity curve has no published protocol",
+            got=options.protocol,
+            expected="converged",
+        )
+    known = {} if target_inputs is None else {target_name: target_inputs}
+    require_fitting(train, held_out, {target_name: target}, source, known)
+    _require_numbers(train, held_out)
     train, held_out = train.single(), held_out.single()
     held = HeldOut(held_out, train.outputs.mean(0))
-    _require_enough(train, held)
-    known = {} if target_inputs is None else {target_name: target_inputs}
     rest, inner = train.split(
         options.solver.inner_share, generator(options.seed, source_name, "inner tokens")
     )
@@ -176,15 +189,20 @@ def capacity_curve(
     return Capacity(points=tuple(points), self_fvu=climb.self_fvu(held))
 
 
-def _require_enough(train: Samples, held: HeldOut) -> None:
-    if len(train) < MINIMUM_TRAIN or len(held.samples) < MINIMUM_HELD_OUT:
+def _require_numbers(train: Samples, held_out: Samples) -> None:
+    status = refusal(train, held_out)
+    if status == "too_few_tokens":
         raise AlignmentError(
             "too few tokens for a capacity curve",
-            got=f"{len(train)} training and {len(held.samples)} held-out tokens",
+            got=f"{len(train)} training and {len(held_out)} held-out tokens",
             expected=f"at least {MINIMUM_TRAIN} and {MINIMUM_HELD_OUT}",
         )
-    if not float(held.total.sum()) > 0:
-        raise AlignmentError("the outputs of the source do not vary: there is nothing to explain")
+    if status == "constant_outputs":
+        raise AlignmentError(
+            "the outputs of the source do not vary: there is nothing to explain",
+            got="constant training or held-out outputs",
+            expected="outputs that differ between tokens",
+        )
 
 
 def _candidates(workshop: Workshop) -> dict[Label, Candidate]:

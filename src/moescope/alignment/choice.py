@@ -10,6 +10,9 @@ from torch import Tensor
 from moescope.alignment.samples import Samples
 from moescope.alignment.stack import AdapterStack, ExpertStack
 
+_FEWEST_DOCUMENTS = 8
+"""That say how much a difference varies."""
+
 
 class CurvePoint(NamedTuple):
     """One look at the inner validation tokens."""
@@ -67,14 +70,14 @@ def beats(
     """Which fits are below the constant adapter by more than a standard error.
 
     The error is that of the paired difference over the inner validation documents (tokens, where
-    documents are not known): a smaller lead need not carry over to the held-out tokens.
+    there are too few documents): a smaller lead need not carry over to the held-out tokens.
     """
     errors = [
         (targets(a(inner.inputs)) - inner.outputs).square().sum(2) for a in (adapters, constants)
     ]
     lead = errors[1] - errors[0]  # [fits, tokens]
     centred = lead - lead.mean(1, keepdim=True)
-    if inner.documents is not None:
+    if inner.documents is not None and inner.num_documents >= _FEWEST_DOCUMENTS:
         ids, of = torch.unique(inner.documents, return_inverse=True)
         centred = torch.zeros(len(lead), len(ids), device=lead.device).index_add_(1, of, centred)
     return lead.sum(1) > centred.square().sum(1).sqrt()

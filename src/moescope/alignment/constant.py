@@ -20,7 +20,8 @@ def constant_adapters(
     """For every target, the shift whose output is nearest to the mean of `outputs`.
 
     The squared error of a constant c is the variance plus |c - mean|^2, so only the mean counts.
-    Adam from the mean of the target's inputs and seven of its inputs; the best is kept.
+    Adam from the mean of the target's inputs and seven of its inputs, half of them with steps as
+    large as the inputs, half with steps as large as their spread; the best found is kept.
 
     Returns:
         Adapters of form "scale" whose gain is zero.
@@ -28,7 +29,8 @@ def constant_adapters(
     wanted = outputs.mean(0)
     unit = outputs.square().mean()
     shift = torch.stack([_candidates(domain) for domain in domains]).requires_grad_()
-    scale = torch.stack([domain.scale for domain in domains])[:, None, None]
+    reach = [(domain.scale, domain.inputs.square().mean().sqrt()) for domain in domains]
+    scale = torch.stack([torch.stack(r) for r in reach]).repeat(1, _CANDIDATES // 2)[:, :, None]
     first, second = torch.zeros_like(shift), torch.zeros_like(shift)
     for step in range(1, _STEPS + 1):
         error = (experts(shift) - wanted).square().sum() / unit

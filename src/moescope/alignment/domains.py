@@ -46,7 +46,7 @@ class Domain:
         """Stand-in where no inputs of the target are known: Gaussian, as large as the source's."""
         normal = torch.randn(_TOKENS, source_inputs.shape[1], generator=generator)
         size = (source_inputs - source_inputs.mean(0)).square().mean().sqrt()
-        domain = cls.of(normal.to(source_inputs.device) * size, shrinkage, generator)
+        domain = cls.of(normal.to(size.device) * size, shrinkage, generator)
         return replace(domain, known=False)
 
     @property

@@ -13,7 +13,7 @@ from torch import Tensor
 from moescope.alignment.controls import project_on_outputs
 from moescope.alignment.forms import num_parameters, trained_rank
 from moescope.alignment.held_out import HeldOut
-from moescope.alignment.options import RANDOM_SEEDS, WELL_DETERMINED, FitOptions
+from moescope.alignment.options import RANDOM_SEEDS, FitOptions
 from moescope.alignment.outcomes import Label, Outcome
 from moescope.alignment.regularisers import divergences
 from moescope.alignment.result import AlignmentResult, Status
@@ -33,6 +33,8 @@ class Found:
     """Held-out tokens."""
     options: FitOptions
     """As they were used: form and rank are those of the fits."""
+    underdetermined: bool
+    """Whether the form asked for has more freedom than the training tokens can settle."""
     outcomes: Mapping[Label, Outcome]
     """Of the pairs and of their controls."""
     linear: Float[np.ndarray, " documents"]
@@ -86,7 +88,7 @@ def result_of(
         **_fitted_controls(name, found, seed),
         **_distances(x, adapted, inputs),
     }
-    columns["status"] = _status(found.train, held, columns)
+    columns["status"] = _status(found, columns)
     return AlignmentResult(
         adapter=fit.adapter,
         curve=fit.curve,
@@ -180,15 +182,15 @@ def _facts(
     }
 
 
-def _status(train: Samples, held: HeldOut, columns: Mapping[str, Any]) -> Status:
+def _status(found: Found, columns: Mapping[str, Any]) -> Status:
     if "fvu_random" not in columns:
         return "no_controls"
     if "fvu_self" not in columns:
         return "no_ceiling"
     if math.isnan(columns["score"]):
         return "undefined"
-    if held.samples.num_documents < FEWEST_UNITS:
+    if found.held.samples.num_documents < FEWEST_UNITS:
         return "few_documents"
-    if len(train) < WELL_DETERMINED * train.hidden_size:
+    if found.underdetermined:
         return "underdetermined"
     return "ok"

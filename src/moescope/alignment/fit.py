@@ -3,10 +3,18 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from moescope.alignment.options import FitOptions, Form, Protocol, Regulariser, SolverOptions
+from moescope.alignment.options import (
+    MINIMUM_TRAIN,
+    FitOptions,
+    Form,
+    Protocol,
+    Regulariser,
+    SolverOptions,
+)
 from moescope.alignment.pairs import fit_pairs
 from moescope.alignment.result import AlignmentResult
 from moescope.alignment.samples import Samples
+from moescope.errors import AlignmentError
 from moescope.experts.weights import ExpertWeights
 
 __all__ = ["AlignmentResult", "fit"]
@@ -50,8 +58,15 @@ def fit(
         solver: The converged protocol, in numbers.
 
     Raises:
-        AlignmentError: Shapes do not fit, or a tensor holds NaN or infinity.
+        AlignmentError: Shapes do not fit, a tensor holds NaN or infinity, or a regulariser is
+            wanted and the target's inputs are not known.
     """
+    if regulariser != "none" and (target_inputs is None or len(target_inputs) < MINIMUM_TRAIN):
+        raise AlignmentError(
+            f"the regulariser {regulariser!r} needs inputs of the target in its own layer",
+            got="none" if target_inputs is None else f"{len(target_inputs)} tokens",
+            expected=f"`target_inputs` of at least {MINIMUM_TRAIN} tokens",
+        )
     options = FitOptions(
         protocol=protocol,
         form=form,

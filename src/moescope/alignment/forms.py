@@ -6,18 +6,29 @@ from moescope.alignment.options import WELL_DETERMINED, FitOptions
 from moescope.experts.adapter import TENSORS, Form
 
 
+def underdetermined(options: FitOptions, tokens: int, hidden: int) -> bool:
+    """Whether the form asked for has more freedom than so many training tokens can settle.
+
+    Every token gives `hidden` numbers. A matrix has `hidden` times `hidden` of its own, a low-rank
+    delta `2 * rank` times `hidden` and never more than a matrix; four must stand for each.
+    """
+    rank = trained_rank(options.form, hidden, options.rank)
+    return tokens < WELL_DETERMINED * min(2 * rank, hidden)
+
+
 def fitted_options(options: FitOptions, tokens: int, hidden: int) -> FitOptions:
     """The options of the fits themselves, for so many training tokens.
 
     With fewer than four tokens per dimension the full matrix is underdetermined: a low-rank delta
     takes its place, whose rank, an eighth of the tokens, again leaves four numbers of the outputs
-    to one of the factors. The published protocol is always the study's own adapter.
+    to one number of the factors. The published protocol is always the study's own adapter. No rank
+    is above the hidden size.
     """
     if options.protocol == "published":
-        return replace(options, form="layer_norm")
-    if options.form == "layer_norm" and tokens < WELL_DETERMINED * hidden:
-        return replace(options, form="low_rank", rank=max(1, tokens // 8))
-    return options
+        return options
+    if options.form == "layer_norm" and underdetermined(options, tokens, hidden):
+        options = replace(options, form="low_rank", rank=max(1, tokens // 8))
+    return replace(options, rank=min(options.rank, hidden))
 
 
 def num_parameters(form: Form, hidden: int, rank: int) -> int:

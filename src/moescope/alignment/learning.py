@@ -14,7 +14,8 @@ from moescope.alignment.trainer import Progress
 from moescope.errors import OptionError
 from moescope.experts.weights import ExpertWeights
 
-_SHARES = (8, 4, 2, 1)
+SHARES = (8, 4, 2)
+"""Parts of the training tokens that a curve is fitted on, beside all of them."""
 
 
 def learning_curve(
@@ -78,7 +79,7 @@ def learning_curve(
 
 def _sizes(sizes: Sequence[int] | None, tokens: int) -> list[int]:
     if sizes is None:
-        return [max(1, tokens // share) for share in _SHARES]
+        return [max(1, tokens // share) for share in (*SHARES, 1)]
     for size in sizes:
         if not 1 <= size <= tokens:
             raise OptionError(

@@ -56,6 +56,8 @@ class SourceLinear:
     """[in, out]: mean derivative of its outputs by its inputs."""
     spread: Float[Tensor, " hidden"]
     """Standard deviation of every dimension of its inputs."""
+    white: Whitening
+    """White coordinates of its inputs."""
     back: Float[Tensor, "hidden hidden"]
     """[plain, task]: takes inputs in the coordinates of the task to plain ones, without mean."""
 
@@ -83,4 +85,4 @@ class SourceLinear:
             jacobian = mean_jacobians(experts, train.inputs[None, :_TOKENS])[0]
         spread = train.inputs.std(0, correction=0)
         spread = spread.clamp_min(1e-3 * float(spread.square().mean().sqrt())).clamp_min(1e-6)
-        return cls(jacobian, spread, coordinates.inverse.mT)
+        return cls(jacobian, spread, white, coordinates.inverse.mT)

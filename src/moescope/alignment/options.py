@@ -75,7 +75,8 @@ class FitOptions:
     form: Form = "layer_norm"
     """What the adapter may do: layer_norm, linear, orthogonal, low_rank, scale or identity."""
     rank: int = 16
-    """Rank of what a low-rank adapter adds to its diagonal; the other forms do not use it."""
+    """Rank of what a low-rank adapter adds to its diagonal; the other forms do not use it.
+    At most the hidden size is taken."""
     regulariser: Regulariser = "none"
     """What keeps adapted inputs near the target's own: "gaussian_kl" or "mmd"; "none": nothing."""
     regulariser_weight: float = 1.0
@@ -98,6 +99,13 @@ class FitOptions:
             raise OptionError(
                 "the published protocol has no regulariser",
                 got=self.regulariser,
+                remedy='Leave it out, or take `protocol="converged"`',
+            )
+        if self.protocol == "published" and self.form != "layer_norm":
+            raise OptionError(
+                "the published protocol has no other form of adapter",
+                got=self.form,
+                expected="layer_norm",
                 remedy='Leave it out, or take `protocol="converged"`',
             )
         if not 0 <= self.regulariser_weight < math.inf:

@@ -7,15 +7,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moescope.alignment.candidates import Candidate, Workshop, enough_inputs
+from moescope.alignment.checks import refusal, require_fitting
 from moescope.alignment.controls import linear_control
 from moescope.alignment.evaluation import Found, refused, result_of
-from moescope.alignment.forms import fitted_options
+from moescope.alignment.forms import fitted_options, underdetermined
 from moescope.alignment.held_out import HeldOut
-from moescope.alignment.options import MINIMUM_HELD_OUT, MINIMUM_TRAIN, FitOptions
+from moescope.alignment.options import FitOptions
 from moescope.alignment.outcomes import Label, Outcome
 from moescope.alignment.randomness import generator, seed_of
-from moescope.alignment.result import AlignmentResult, Status
-from moescope.alignment.samples import Samples, require_finite
+from moescope.alignment.result import AlignmentResult
+from moescope.alignment.samples import Samples
 from moescope.alignment.solver import Fit, Task
 from moescope.alignment.trainer import (
     Progress,
@@ -26,7 +27,6 @@ from moescope.alignment.trainer import (
     published_work,
     train_groups,
 )
-from moescope.errors import AlignmentError
 from moescope.experts.weights import ExpertWeights
 
 
@@ -75,9 +75,12 @@ def fit_pairs(
     Raises:
         AlignmentError: Shapes do not fit, or a tensor holds NaN or infinity.
     """
-    _check(train, held_out, targets, source, target_inputs or {})
+    if not targets:
+        return {}
+    require_fitting(train, held_out, targets, source, target_inputs or {})
+    loose = underdetermined(options, len(train), train.hidden_size)
     options = fitted_options(options, len(train), train.hidden_size)
-    status = _refusal(train, held_out)
+    status = refusal(train, held_out)
     if status is not None:
         return {n: refused(t, train, held_out, status, options) for n, t in targets.items()}
     train, held_out = train.single(), held_out.single()
@@ -108,6 +111,7 @@ def fit_pairs(
         train=train,
         held=held,
         options=options,
+        underdetermined=loose,
         outcomes=dict(outcomes),
         linear=held.errors(linear_control(rest, inner, held_out.inputs)),
         published_mse=_published_mse(train, targets, outcomes, options),
@@ -119,51 +123,6 @@ def fit_pairs(
         seed = seed_of(options.seed, source_name, name, "bootstrap")
         results[name] = result_of(name, here, inputs, found, seed)
     return results
-
-
-def _check(
-    train: Samples,
-    held_out: Samples,
-    targets: Mapping[str, ExpertWeights],
-    source: ExpertWeights | None,
-    target_inputs: Mapping[str, Tensor],
-) -> None:
-    hidden = train.hidden_size
-    experts = {f"target {name}": expert for name, expert in targets.items()}
-    if source is not None:
-        experts["the source"] = source
-    sizes = {"held-out tokens": held_out.hidden_size}
-    sizes |= {name: expert.hidden_size for name, expert in experts.items()}
-    for name, inputs in target_inputs.items():
-        if inputs.ndim != 2 or len(inputs) == 0:
-            raise AlignmentError(
-                f"inputs of target {name} are no list of tokens",
-                got=tuple(inputs.shape),
-                expected="[tokens, hidden]",
-            )
-        sizes[f"inputs of target {name}"] = inputs.shape[1]
-        require_finite(f"inputs of target {name}", inputs)
-    for name, size in sizes.items():
-        if size != hidden:
-            raise AlignmentError(
-                f"{name}: the hidden size does not fit the training tokens",
-                got=size,
-                expected=hidden,
-            )
-    for name, expert in experts.items():
-        for part, tensor in expert.tensors().items():
-            require_finite(f"{part} of {name}", tensor)
-
-
-def _refusal(train: Samples, held_out: Samples) -> Status | None:
-    """Why there will be no numbers, if so."""
-    if len(train) < MINIMUM_TRAIN or len(held_out) < MINIMUM_HELD_OUT:
-        return "too_few_tokens"
-    for outputs in (train.outputs.double(), held_out.outputs.double()):
-        varying = (outputs - outputs.mean(0)).square().sum()
-        if varying <= 1e-10 * outputs.square().sum():
-            return "constant_outputs"
-    return None
 
 
 def _work(workshop: Workshop, rest: Samples, inner: Samples, reduce: Reduction) -> Work:

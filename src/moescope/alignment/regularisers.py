@@ -28,16 +28,20 @@ def penalty(
         name: "gaussian_kl": KL of A(x) from the target's inputs, nats per dimension. "mmd":
             squared MMD with the median distance of the target's inputs as bandwidth. "none": 0.
         z: Adapted inputs of a batch of tokens; there may be fewer tokens than dimensions.
-        domains: Where the inputs of each fit's target lie.
+        domains: Where the inputs of each fit's target lie; where they are not known, nothing is
+            added.
     """
-    fits = list(zip(z, (domain.inputs for domain in domains), strict=True))
-    match name:
-        case "gaussian_kl":
-            return torch.stack([_kl(own, known) for own, known in fits])
-        case "mmd":
-            return torch.stack([_mmd(own, _spread_out(known, len(own))) for own, known in fits])
-        case "none":
-            return z.new_zeros(len(z))
+    if name == "none":
+        return z.new_zeros(len(z))
+    return torch.stack([_of_one(name, *fit) for fit in zip(z, domains, strict=True)])
+
+
+def _of_one(name: Regulariser, z: Float[Tensor, "tokens hidden"], domain: Domain) -> Tensor:
+    if not domain.known:
+        return z.new_zeros(())
+    if name == "gaussian_kl":
+        return _kl(z, domain.inputs)
+    return _mmd(z, _spread_out(domain.inputs, len(z)))
 
 
 @torch.no_grad()

@@ -27,8 +27,9 @@ no_controls       controls were switched off: no score
 no_ceiling        the source expert was not given: no score
 undefined         null and ceiling are less than 0.05 apart: no score
 few_documents     under 30 held-out documents, or documents not known: no intervals
-underdetermined   under 4 H training tokens: a low-rank adapter is fitted, for a full one has more
-                  freedom than the data
+underdetermined   the form asked for has more freedom than the data: a full matrix under 4 H
+                  training tokens, where `layer_norm` is fitted as `low_rank`, or a rank above an
+                  eighth of them
 ok                none of these
 """
 

@@ -169,8 +169,11 @@ class AdapterStack:
 
     def silenced(self, shift: Float[Tensor, "fits hidden"]) -> "AdapterStack":
         """Adapters of the same form whose output is `shift`, whatever the input."""
-        off = "weight" if self.gain is None else "gain"
-        parts: dict[str, Any] = {off: torch.zeros_like(self.tensors()[off]), "shift": shift}
+        off = [name for name in self.tensors() if name != "shift"]
+        if self.gain is not None and self.bias is None:
+            off = ["gain"]  # the rest stays what the form promises
+        zeros = {name: torch.zeros_like(self.tensors()[name]) for name in off}
+        parts: dict[str, Any] = zeros | {"shift": shift}
         return replace(self, **parts)
 
     def folded(self, white: Whitening) -> "AdapterStack":

@@ -31,9 +31,10 @@ def transported_start(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """First tensors of the forms with a full matrix, and the units of their steps.
 
-    Of two turns the one that leaves less error. The nearer it comes to the source, the smaller are
-    the steps of the matrix.
+    Of the maps by three kinds of moments the one that leaves least error. The nearer it comes to
+    the source, the smaller are the steps of the matrix.
     """
+    means = torch.stack([domain.whitening.mean for domain in domains])
     even = torch.stack([domain.scale.expand_as(domain.spread) for domain in domains])
     uneven = torch.stack([domain.spread for domain in domains])
     jacobians = torch.cat(
@@ -42,47 +43,54 @@ def transported_start(
             for i, domain in enumerate(domains)
         ]
     )
-    source_even = source.spread.square().mean().sqrt().expand_as(source.spread)
-    maps = [turns(source, source_even, jacobians, even)]
+    scale = source.spread.square().mean().sqrt().expand_as(source.spread)
+    diag = torch.diag_embed
+    moments = [(diag(scale), diag(1 / scale), diag(even))]
+    spread = even
     if form != "orthogonal":
-        maps.append(turns(source, source.spread, jacobians, uneven))
-    means = torch.stack([domain.whitening.mean for domain in domains])
-    spread = even if form == "orthogonal" else uneven
-    found = [_Start.of(form, m / spread[:, :, None], spread, means, experts, train) for m in maps]
-    best = found[0]
-    for other in found[1:]:
-        best = best.or_better(other)
+        full = torch.stack([domain.whitening.inverse for domain in domains])
+        moments.append((diag(source.spread), diag(1 / source.spread), diag(uneven)))
+        moments.append((source.white.inverse, source.white.matrix, full))
+        spread = uneven
+    best: _Start | None = None
+    for root, inverse, roots in moments:
+        maps = torch.bmm(
+            aligned(source, root, jacobians, roots), _each(inverse @ source.back, roots)
+        )
+        found = _Start.of(form, maps / spread[:, :, None], spread, means, experts, train)
+        best = found if best is None else best.or_better(found)
+    assert best is not None
     return best.tensors, best.units
 
 
-def turns(
+def aligned(
     source: SourceLinear,
-    source_spread: Float[Tensor, " hidden"],
+    root: Float[Tensor, "hidden hidden"],
     jacobians: Float[Tensor, "fits hidden hidden"],
-    spread: Float[Tensor, "fits hidden"],
+    roots: Float[Tensor, "fits hidden hidden"],
 ) -> Float[Tensor, "fits hidden hidden"]:
-    """For every target, the turn of the source's inputs that best lines up the linear parts.
+    """For every target, the map to its inputs that keeps moments and best lines up linear parts.
 
-    In units of the spreads, it is the rotation for which the mean derivative of the target behind
-    it comes nearest to that of the source (orthogonal Procrustes problem, Schoenemann 1966).
-    Matching all second moments does worse: it blows up directions in which the source's inputs
-    hardly move.
+    The source's inputs, divided by the root of their moments, are turned and take up the moments
+    of the target's. The turn is the one for which the mean derivative of the target behind the map
+    comes nearest to that of the source (orthogonal Procrustes problem, Schoenemann 1966).
 
     Args:
         source: Linear part of the source.
-        source_spread: Of its inputs: one number for all dimensions, or one for each.
+        root: Of the moments of its inputs: their size, their spreads, or all of the covariance.
         jacobians: Mean Jacobians of the targets, [in, out].
-        spread: Of the inputs of each target, in the same way.
+        roots: As `root`, of the inputs of each target.
 
     Returns:
-        [target input, coordinates of the task].
+        [target input, source input over its root].
     """
-    # Products one by one, as everywhere: folded into one, they would be rounded by their company.
-    aligned = torch.bmm(jacobians, source.jacobian.mT.expand_as(jacobians))
-    rotations = orthogonal(spread[:, :, None] * aligned * source_spread)
-    return torch.bmm(
-        spread[:, :, None] * rotations / source_spread, source.back.expand_as(rotations)
-    )
+    products = torch.bmm(torch.bmm(roots, jacobians), _each((root @ source.jacobian).mT, roots))
+    return torch.bmm(roots, orthogonal(products))
+
+
+def _each(matrix: Tensor, like: Tensor) -> Tensor:
+    # A product of all fits at once would be rounded by their number.
+    return matrix.expand_as(like)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -39,7 +39,7 @@ class Whitening:
         covariance = (wide - mean).T @ (wide - mean) / len(x)
         variances = covariance.diagonal()
         # A dimension that never moves gets a small variance of its own.
-        floor = (1e-6 * variances.mean()).clamp_min(torch.finfo(torch.float32).tiny)
+        floor = (1e-6 * variances.mean() + 1e-12 * wide.square().mean()).clamp_min(1e-30)
         diagonal = torch.diag(variances.clamp_min(floor))
         values, vectors = torch.linalg.eigh((1 - shrinkage) * covariance + shrinkage * diagonal)
         values = values.clamp_min(max(shrinkage / 2, 1e-6) * floor)

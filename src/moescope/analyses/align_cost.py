@@ -1,15 +1,11 @@
 """About how much an alignment will take, before anything is captured."""
 
 from moescope.alignment.capacity import RANKS
+from moescope.alignment.learning import SHARES
 from moescope.alignment.optimiser import PRODUCTS
 from moescope.alignment.options import RANDOM_SEEDS, Form, SolverOptions
 from moescope.alignment.published import STEPS, TOKENS
-from moescope.analyses.align_options import (
-    LEARNING_SHARES,
-    AlignOptions,
-    experts_of,
-    layer_pairs,
-)
+from moescope.analyses.align_options import AlignOptions, experts_of, layer_pairs
 from moescope.models.view import MoELayer, MoEModel
 
 FULL_MATRIX: tuple[Form, ...] = ("layer_norm", "linear", "orthogonal")
@@ -34,7 +30,7 @@ def _of_source(target: MoELayer, targets: int, options: AlignOptions) -> float:
     train = min(TOKENS, (1 - options.held_out_share) * options.max_tokens)
     published = STEPS * train * _per_token(target)
     each = published if options.protocol == "published" else converged
-    runs = len(LEARNING_SHARES) + 1 if options.learning_curve else 1
+    runs = len(SHARES) + 1 if options.learning_curve else 1
     fitted = runs * ((targets + controls) * each + targets * published)
     if options.capacity:
         low, full = (_converged(target, form, options) for form in ("low_rank", "layer_norm"))

@@ -125,7 +125,7 @@ def _controls(scored: pd.DataFrame) -> Finding:
 def _ceiling(scored: pd.DataFrame) -> Finding:
     settled = int(scored.converged.sum())
     text = (
-        f"Where there is an answer by construction, the solver leaves a held-out FVU of "
+        f"Where a rotation is the answer by construction, the solver leaves a held-out FVU of "
         f"{scored.fvu_self.min():.3f} to {scored.fvu_self.max():.3f}. {settled} of the "
         f"{len(scored)} fits of pairs had settled when they stopped."
     )

@@ -12,9 +12,6 @@ from moescope.config import IntList
 from moescope.errors import OptionError
 from moescope.models.view import MoELayer, MoEModel
 
-LEARNING_SHARES = (8, 4, 2)
-"""Parts of the training tokens that a learning curve is fitted on, beside all of them."""
-
 
 class LayerPair(NamedTuple):
     """Two layers, by the model's own numbers."""
@@ -90,6 +87,16 @@ class AlignOptions:
         if not 0 < self.held_out_share < 1:
             raise OptionError(
                 "held_out_share is not a share", got=self.held_out_share, expected="0 to 1"
+            )
+        if self.max_tokens < 1:
+            raise OptionError(
+                "max_tokens leaves no tokens", got=self.max_tokens, expected="1 or more"
+            )
+        if self.capacity and self.protocol == "published":
+            raise OptionError(
+                "a capacity curve has no published protocol",
+                got="capacity with protocol published",
+                remedy="Leave out one of them",
             )
         self.fit_options(self.budget_seconds)
 

@@ -14,7 +14,7 @@ from moescope.captures.read import Capture, Recorded
 from moescope.models.view import MoELayer
 
 TARGET_ROWS = 1_024
-"""Inputs of a target expert in its own layer that the start of a fit is taken from."""
+"""Most inputs of a target expert in its own layer that the start of a fit is taken from."""
 
 
 def held_out_documents(capture: Capture, share: float, seed: int) -> Bool[Tensor, " documents"]:
@@ -84,9 +84,11 @@ class Tokens:
     def target_inputs(
         self, layer: int, experts: Sequence[int]
     ) -> Mapping[int, Float[Tensor, "tokens hidden"]]:
-        """Inputs that experts have in their own layer, from training documents only."""
+        """Random inputs that experts have in their own layer, from training documents only."""
         inputs = {}
         for expert, recorded in self.capture.expert_samples(layer, experts).items():
             trained_on = ~self.held_out[self.capture.documents[recorded.tokens]]
-            inputs[expert] = recorded.values[trained_on][:TARGET_ROWS].float()
+            rows = trained_on.nonzero()[:, 0].numpy()
+            chosen = np.random.default_rng(self.seed).permutation(rows)[:TARGET_ROWS]
+            inputs[expert] = recorded.values[torch.from_numpy(chosen)].float()
         return inputs

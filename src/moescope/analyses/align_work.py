@@ -11,11 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moescope.alignment.capacity import capacity_curve
-from moescope.alignment.learning import learning_curve
+from moescope.alignment.learning import SHARES, learning_curve
 from moescope.alignment.outcomes import OutcomeFolder
 from moescope.alignment.pairs import fit_pairs
 from moescope.alignment.samples import Samples
-from moescope.analyses.align_options import LEARNING_SHARES, AlignOptions, LayerPair
+from moescope.analyses.align_options import AlignOptions, LayerPair
 from moescope.analyses.align_parts import (
     PartName,
     Parts,
@@ -89,7 +89,7 @@ class PairOfLayers:
             train,
             held_out,
             self._targets,
-            sizes=[max(1, len(train) // share) for share in LEARNING_SHARES],
+            sizes=[max(1, len(train) // share) for share in SHARES],
             **self._about_source(part),
         )
         numbers = {name: e for e, name in self._names.items()}

@@ -3,19 +3,13 @@
 import altair as alt
 import pandas as pd
 
-from moescope.reports.figures.align_pairs import LAYERS, names_of, naming
+from moescope.reports.figures.align_pairs import CURVES, LAYERS, names_of, naming
 from moescope.reports.marks import facet_by_heading, label, tip
 from moescope.reports.panels import Panels
 from moescope.reports.registry import Figure
 
 PAIR = ["source_layer", "source_expert", "target_layer", "target_expert"]
 
-_CURVES = {
-    "fvu": "pair",
-    "fvu_linear": "linear map",
-    "fvu_random": "random experts",
-    "fvu_self": "ceiling",
-}
 _MOST_PANELS = 12
 _HIGHEST_FVU = 2.0
 
@@ -24,9 +18,9 @@ def learning(learning: pd.DataFrame) -> Figure:
     """Held-out FVU against training tokens, the best pair of each imitated expert."""
     best, which = _best_of_each_source(learning)
     best = best.assign(heading=names_of(best))
-    long = best.melt(["heading", "n_train", "form"], list(_CURVES), "curve", "value")
-    long = long.replace({"curve": _CURVES}).dropna(subset=["value"])
-    names = list(_CURVES.values())
+    long = best.melt(["heading", "n_train", "form"], list(CURVES), "curve", "value")
+    long = long.replace({"curve": CURVES}).dropna(subset=["value"])
+    names = list(CURVES.values())
     key = alt.Legend(title=None, columns=2)
     order = best["heading"].unique().tolist()
     chart = (

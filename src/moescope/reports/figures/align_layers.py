@@ -3,17 +3,11 @@
 import altair as alt
 import pandas as pd
 
-from moescope.reports.figures.align_pairs import gaps, layer_pairs
+from moescope.reports.figures.align_pairs import CURVES, gaps, layer_pairs
 from moescope.reports.marks import label, tip
 from moescope.reports.panels import Panels
 from moescope.reports.registry import Figure
 
-_CURVES = {
-    "fvu": "pair",
-    "fvu_linear": "linear map",
-    "fvu_random": "random experts",
-    "fvu_self": "ceiling",
-}
 _SHAPES = ["circle", "square", "diamond", "triangle-up"]
 
 
@@ -38,9 +32,9 @@ def layers(pairs: pd.DataFrame) -> Figure:
 
 
 def _medians(scored: pd.DataFrame, x: alt.X) -> alt.Chart:
-    medians = scored.groupby("layers", sort=False)[list(_CURVES)].median().reset_index()
-    long = medians.melt("layers", list(_CURVES), "curve", "value").replace({"curve": _CURVES})
-    names = list(_CURVES.values())
+    medians = scored.groupby("layers", sort=False)[list(CURVES)].median().reset_index()
+    long = medians.melt("layers", list(CURVES), "curve", "value").replace({"curve": CURVES})
+    names = list(CURVES.values())
     key = alt.Legend(title=None, columns=2)
     chart: alt.Chart = (
         alt.Chart(long)

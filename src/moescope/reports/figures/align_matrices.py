@@ -52,8 +52,8 @@ def score(pairs: pd.DataFrame) -> Figure:
         name="align-score",
         title="Which experts can stand in for which?",
         how_to_read="Row: the expert to imitate; column: the expert that imitates it. A score of "
-        "1 is what the solver reaches when the answer is known; 0 is no better than a linear map, "
-        f"a random expert or the mean, whichever is best; {MISSING}. FVU is the part of the "
+        "1 is what the solver reaches when the answer is a rotation; 0 is no better than a linear "
+        f"map, a random expert or the mean, whichever is best; {MISSING}. FVU is the part of the "
         f"variance left unexplained on held-out tokens: 0 is perfect, 1 is the mean.{which}",
         limits="A high score says that the function can be reached by changing the input, not "
         "that the model uses both experts alike; A to B is not B to A." + gaps(pairs),

@@ -10,6 +10,13 @@ NO_SCORE = ("too_few_tokens", "constant_outputs", "no_controls", "no_ceiling", "
 
 LayerPair = tuple[int, int]
 LAYERS = ["source_layer", "target_layer"]
+CURVES = {
+    "fvu": "pair",
+    "fvu_linear": "linear map",
+    "fvu_random": "random experts",
+    "fvu_self": "ceiling",
+}
+"""Errors that are drawn as curves, and what they are called there."""
 
 _MOST_LAYER_PAIRS = 6
 MOST_CELLS = 1_600
