@@ -17,32 +17,15 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import Tensor
-from torch.nn.functional import layer_norm
 
 from moescope.alignment.options import RANDOM_SEEDS, FitOptions, SolverOptions
 from moescope.alignment.pairs import fit_pairs
 from moescope.alignment.result import AlignmentResult
 from moescope.alignment.samples import Samples
 from moescope.experts.weights import ExpertWeights
+from synthetic import expert, inputs
 
 ONE_BY_ONE = 1  # bytes: less than any fit takes
-
-
-def expert(hidden: int, wide: int, seed: int) -> ExpertWeights:
-    generator = torch.Generator().manual_seed(seed)
-    gate, up = (
-        torch.randn(wide, hidden, generator=generator) * 1.5 / hidden**0.5 for _ in range(2)
-    )
-    return ExpertWeights(gate, up, torch.randn(hidden, wide, generator=generator) / wide**0.5)
-
-
-def inputs(tokens: int, hidden: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    mixing, _ = torch.linalg.qr(torch.randn(hidden, hidden, generator=generator))
-    spectrum = torch.arange(1, hidden + 1) ** -0.4
-    x = torch.randn(tokens, hidden, generator=generator) * spectrum @ mixing
-    return layer_norm(x + 0.1 * torch.randn(hidden, generator=generator), (hidden,))
 
 
 class Case:

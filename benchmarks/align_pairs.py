@@ -11,30 +11,15 @@ import argparse
 import time
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import layer_norm, mse_loss, silu
+from torch import nn
+from torch.nn.functional import mse_loss, silu
 
 from moescope.alignment.controls import hidden_rotation, rotation_for
 from moescope.alignment.options import FitOptions
 from moescope.alignment.pairs import fit_pairs
 from moescope.alignment.samples import Samples
 from moescope.experts.weights import ExpertWeights
-
-
-def expert(hidden: int, wide: int, seed: int) -> ExpertWeights:
-    generator = torch.Generator().manual_seed(seed)
-    gate, up = (
-        torch.randn(wide, hidden, generator=generator) * 1.5 / hidden**0.5 for _ in range(2)
-    )
-    return ExpertWeights(gate, up, torch.randn(hidden, wide, generator=generator) / wide**0.5)
-
-
-def inputs(tokens: int, hidden: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    mixing, _ = torch.linalg.qr(torch.randn(hidden, hidden, generator=generator))
-    spectrum = torch.arange(1, hidden + 1) ** -0.4
-    x = torch.randn(tokens, hidden, generator=generator) * spectrum @ mixing
-    return layer_norm(x + 0.1 * torch.randn(hidden, generator=generator), (hidden,))
+from synthetic import expert, inputs
 
 
 def published(train: Samples, target: ExpertWeights, seconds: float) -> tuple[nn.Module, int]:
