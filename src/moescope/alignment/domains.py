@@ -76,4 +76,4 @@ def coordinates(form: Form, inputs: Float[Tensor, "tokens hidden"], shrinkage: f
         scale = (inputs - mean).square().mean().sqrt().clamp_min(1e-6)
         eye = torch.eye(len(mean), device=inputs.device)
         return Whitening(mean, eye / scale, eye * scale)
-    return Whitening.of(inputs, 1.0)
+    return Whitening.by_dimension(inputs)

@@ -27,7 +27,7 @@ from moescope.alignment.stack import AdapterStack, ExpertStack
 from moescope.alignment.starts import start
 from moescope.alignment.warm_starts import resumed
 from moescope.alignment.whitening import Whitening
-from moescope.experts.adapter import Adapter, Form
+from moescope.experts.adapter import TENSORS, Adapter, Form
 from moescope.experts.weights import ExpertWeights
 
 _WARM_UP = 10  # steps
@@ -68,8 +68,8 @@ class Task:
     """Steps, rates, sizes."""
     order: Callable[[], torch.Generator]
     """A fresh generator for the order of the tokens: every batch of fits sees the same."""
-    source: SourceLinear
-    """Linear part of the source expert."""
+    source: SourceLinear | None
+    """Linear part of the source expert, for the forms with a full matrix."""
     form: Form = "layer_norm"
     """What the adapters may do."""
     rank: int = 0
@@ -92,14 +92,18 @@ class Task:
 
         The source expert, where known, says more of its linear part than its tokens do.
         """
-        whitening = coordinates(options.form, train.inputs, options.solver.shrinkage)
+        shrinkage = options.solver.shrinkage
+        whitening = coordinates(options.form, train.inputs, shrinkage)
+        linear = None
+        if "weight" in TENSORS[options.form]:
+            linear = SourceLinear.of(train, whitening, source, shrinkage)
         return cls(
             whitening=whitening,
             train=Samples(whitening(train.inputs), train.outputs, train.documents),
             inner=Samples(whitening(inner.inputs), inner.outputs, inner.documents),
             options=options.solver,
             order=order,
-            source=SourceLinear.of(train, whitening, source, options.solver.shrinkage),
+            source=linear,
             form=options.form,
             rank=options.rank,
             regulariser=options.regulariser,

@@ -15,17 +15,15 @@ from moescope.alignment.linear_parts import SourceLinear
 from moescope.alignment.randomness import generator
 from moescope.alignment.samples import Samples
 from moescope.alignment.stack import AdapterStack, ExpertStack
-from moescope.alignment.transport import best_share, transported_start
+from moescope.alignment.transport import FEW, best_share, transported_start
 from moescope.experts.adapter import Form
-
-_FEW = 256  # of the source's tokens, enough to see the size of outputs
 
 
 def start(
     form: Form,
     rank: int,
     train: Samples,
-    source: SourceLinear,
+    source: SourceLinear | None,
     experts: ExpertStack,
     domains: Sequence[Domain],
 ) -> tuple[AdapterStack, dict[str, Tensor]]:
@@ -35,7 +33,7 @@ def start(
         form: Any but "identity".
         rank: Of the delta of "low_rank".
         train: Tokens of the source expert, inputs in the `coordinates` of the form.
-        source: Its linear part.
+        source: Its linear part, which the forms with a full matrix start from.
         experts: The targets.
         domains: Where the inputs of each lie.
     """
@@ -44,6 +42,7 @@ def start(
         tensors["left"], tensors["right"] = no_delta(unit, rank)
         adapters = AdapterStack.holding(form, tensors)
         return adapters, units_of(adapters, unit)
+    assert source is not None
     tensors, units = transported_start(form, train, source, experts, domains)
     adapters = AdapterStack.holding(form, tensors)
     return adapters, {name: units[name] for name in adapters.tensors()}
@@ -67,7 +66,7 @@ def matched_start(
     form: Form, train: Samples, experts: ExpertStack, domains: Sequence[Domain]
 ) -> tuple[dict[str, Tensor], Float[Tensor, "fits hidden"]]:
     """Every dimension with the mean of the target's inputs and the best share of their spread."""
-    few = train.inputs[:_FEW]
+    few = train.inputs[:FEW]
     shift = torch.stack([domain.whitening.mean for domain in domains])
     spread = torch.stack([domain.spread for domain in domains])
     normal = layer_norm(few, few.shape[-1:]) if form == "low_rank" else few

@@ -18,7 +18,8 @@ from moescope.experts.adapter import Form
 _OFFSET = 5.0  # spread of the bias before LayerNorm, times that of what moves
 _MATRIX_UNIT = 0.5
 _VECTOR_UNIT = 1 / 6
-_FEW = 256  # tokens that choose the gain
+FEW = 256
+"""Tokens of the source that choose how far the inputs of a target are moved."""
 _SHARES = [0.02 * 10 ** (step / 6) for step in range(12)]
 
 
@@ -52,12 +53,14 @@ def transported_start(
         moments.append((diag(source.spread), diag(1 / source.spread), diag(uneven)))
         moments.append((source.white.inverse, source.white.matrix, full))
         spread = uneven
+    unread = least_read(experts, spread) if form == "layer_norm" else None
     best: _Start | None = None
     for root, inverse, roots in moments:
         maps = torch.bmm(
             aligned(source, root, jacobians, roots), _each(inverse @ source.back, roots)
         )
-        found = _Start.of(form, maps / spread[:, :, None], spread, means, experts, train)
+        maps = maps / spread[:, :, None]
+        found = _Start.of(form, maps, spread, means, unread, experts, train)
         best = found if best is None else best.or_better(found)
     assert best is not None
     return best.tensors, best.units
@@ -109,6 +112,7 @@ class _Start:
         maps: Float[Tensor, "fits hidden hidden"],
         spread: Float[Tensor, "fits hidden"],
         means: Float[Tensor, "fits hidden"],
+        unread: Float[Tensor, "fits hidden"] | None,
         experts: ExpertStack,
         train: Samples,
     ) -> "_Start":
@@ -116,16 +120,16 @@ class _Start:
 
         LayerNorm gives every token the same norm and takes the mean away. A constant far larger
         than what moves leaves it nearly linear: then it takes away one direction, that of the
-        constant, which is chosen as the one that the target reads least.
+        constant, which is `unread`: the one that the target reads least.
         """
         size = maps.square().sum(2).mean(1, keepdim=True).sqrt()  # [fits, 1]
         weight = orthogonal(maps) if form == "orthogonal" else maps / size[:, :, None]
         offset, stretch = torch.zeros_like(means), 1.0
-        if form == "layer_norm":
-            offset, stretch = _OFFSET * least_read(experts, spread), math.sqrt(1 + _OFFSET**2)
-        few = train.inputs[:_FEW].expand(len(means), -1, -1)
+        if unread is not None:
+            offset, stretch = _OFFSET * unread, math.sqrt(1 + _OFFSET**2)
+        few = train.inputs[:FEW].expand(len(means), -1, -1)
         mixed = torch.bmm(few, weight.mT) + offset[:, None]
-        if form == "layer_norm":
+        if unread is not None:
             mixed = layer_norm(mixed, means.shape[-1:])
         reach = stretch * size * spread  # [fits, hidden]
         moved = (mixed - offset[:, None] / stretch) * reach[:, None]

@@ -38,8 +38,7 @@ class Whitening:
         mean = wide.mean(0)
         covariance = (wide - mean).T @ (wide - mean) / len(x)
         variances = covariance.diagonal()
-        # A dimension that never moves gets a small variance of its own.
-        floor = (1e-6 * variances.mean() + 1e-12 * wide.square().mean()).clamp_min(1e-30)
+        floor = _floor(wide, variances)
         diagonal = torch.diag(variances.clamp_min(floor))
         values, vectors = torch.linalg.eigh((1 - shrinkage) * covariance + shrinkage * diagonal)
         values = values.clamp_min(max(shrinkage / 2, 1e-6) * floor)
@@ -52,9 +51,17 @@ class Whitening:
         )
 
     @classmethod
+    def by_dimension(cls, x: Float[Tensor, "tokens hidden"]) -> "Whitening":
+        """Every dimension at unit variance: what `of` does with the diagonal alone."""
+        wide = x.double()
+        variances = (wide - wide.mean(0)).square().mean(0)
+        root = variances.clamp_min(_floor(wide, variances)).sqrt()
+        return cls(wide.mean(0).float(), torch.diag(1 / root).float(), torch.diag(root).float())
+
+    @classmethod
     def in_part(cls, x: Float[Tensor, "tokens hidden"], shrinkage: float) -> "Whitening":
         """Every dimension at unit variance, then half way to white."""
-        scaled = cls.of(x, 1.0)
+        scaled = cls.by_dimension(x)
         rest = cls.of(scaled(x), shrinkage, power=0.25)
         return cls(scaled.mean, scaled.matrix @ rest.matrix, rest.inverse @ scaled.inverse)
 
@@ -68,3 +75,8 @@ class Whitening:
         """The map on plain inputs that equals `weight`, `bias` on white ones."""
         plain = weight @ self.matrix.mT
         return plain, bias - plain @ self.mean
+
+
+def _floor(wide: Tensor, variances: Tensor) -> Tensor:
+    """Least variance: a dimension that never moves gets a small one of its own."""
+    return (1e-6 * variances.mean() + 1e-12 * wide.square().mean()).clamp_min(1e-30)
