@@ -18,6 +18,7 @@ from moescope.alignment.options import MINIMUM_TRAIN, RANDOM_SEEDS, FitOptions
 from moescope.alignment.outcomes import Label
 from moescope.alignment.randomness import generator
 from moescope.alignment.samples import Samples
+from moescope.alignment.solver import Task
 from moescope.experts.weights import ExpertWeights
 
 _POOLED = 1_024
@@ -52,8 +53,10 @@ class Workshop:
 
     train: Samples
     """Training tokens, in fp32."""
+    rest: Samples
+    """Those of them that weights are trained on."""
     inner: Samples
-    """Those of them that no weights are trained on."""
+    """The others, for early stopping and choice."""
     source: ExpertWeights | None
     """The expert that made their outputs, where known."""
     source_name: str
@@ -64,6 +67,39 @@ class Workshop:
     """Inputs of the targets in their own layer, where known and enough of them."""
     options: FitOptions
     """Seed, shrinkage, form; whether there are controls."""
+
+    @classmethod
+    def of(
+        cls,
+        train: Samples,
+        targets: Mapping[str, ExpertWeights],
+        target_inputs: Mapping[str, Float[Tensor, "..."]],
+        source: ExpertWeights | None,
+        source_name: str,
+        options: FitOptions,
+    ) -> "Workshop":
+        """Set inner tokens aside, and leave out inputs of targets that have too few."""
+        rest, inner = train.split(
+            options.solver.inner_share, generator(options.seed, source_name, "inner tokens")
+        )
+        return cls(
+            train=train,
+            rest=rest,
+            inner=inner,
+            source=source,
+            source_name=source_name,
+            targets=targets,
+            target_inputs=_enough_inputs(targets, target_inputs),
+            options=options,
+        )
+
+    def task(self, options: FitOptions) -> Task:
+        """What the converged fits share, by options that may differ in form and steps."""
+
+        def order() -> torch.Generator:
+            return generator(options.seed, self.source_name, "order of the tokens")
+
+        return Task.of(self.rest, self.inner, options, order, self.source)
 
     def groups(self) -> list[Group]:
         """The targets and, unless switched off, random targets and the hidden-rotation self."""
@@ -146,7 +182,7 @@ class Workshop:
         return torch.cat(chosen)
 
 
-def enough_inputs(
+def _enough_inputs(
     targets: Mapping[str, ExpertWeights], target_inputs: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Inputs of those targets that have at least 64 of them.

@@ -9,13 +9,12 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from moescope.alignment.candidates import Candidate, Workshop, enough_inputs
+from moescope.alignment.candidates import Candidate, Workshop
 from moescope.alignment.checks import refusal, require_fitting
 from moescope.alignment.forms import num_parameters
 from moescope.alignment.held_out import HeldOut
 from moescope.alignment.options import MINIMUM_HELD_OUT, MINIMUM_TRAIN, FitOptions
 from moescope.alignment.outcomes import Label
-from moescope.alignment.randomness import generator
 from moescope.alignment.samples import Samples
 from moescope.alignment.solver import Fit, Task, solve
 from moescope.alignment.stack import same_shape
@@ -152,34 +151,18 @@ def capacity_curve(
     _require_numbers(train, held_out)
     train, held_out = train.single(), held_out.single()
     held = HeldOut(held_out, train.outputs.mean(0))
-    rest, inner = train.split(
-        options.solver.inner_share, generator(options.seed, source_name, "inner tokens")
-    )
-    workshop = Workshop(
-        train=train,
-        inner=inner,
-        source=source,
-        source_name=source_name,
-        targets={target_name: target},
-        target_inputs=enough_inputs({target_name: target}, known),
-        options=replace(options, form="layer_norm", controls=True),
-    )
+    options = replace(options, form="layer_norm", controls=True)
+    workshop = Workshop.of(train, {target_name: target}, known, source, source_name, options)
     # All targets take the same number of steps: stopping early would favour the patient.
     solver = replace(options.solver, patience=options.solver.steps)
     options = replace(options, solver=solver)
     hidden = train.hidden_size
     smaller = sorted(rank for rank in set(ranks) if 2 * rank < hidden)
-    climb = _Climb(_candidates(workshop), HeldOut(rest, rest.outputs.mean(0)))
+    climb = _Climb(_candidates(workshop), HeldOut(workshop.rest, workshop.rest.outputs.mean(0)))
     points: list[CapacityPoint] = []
     for rank in [*smaller, hidden]:
         form: Form = "layer_norm" if rank == hidden else "low_rank"
-        task = Task.of(
-            rest,
-            inner,
-            replace(options, form=form, rank=rank),
-            lambda: generator(options.seed, source_name, "order of the tokens"),
-            source,
-        )
+        task = workshop.task(replace(options, form=form, rank=rank))
         budget = options.budget_seconds
         seconds = None if budget is None else budget / (len(smaller) + 2)
         climb.to(task, seconds)

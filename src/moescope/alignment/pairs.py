@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moescope.alignment.candidates import Candidate, Workshop, enough_inputs
+from moescope.alignment.candidates import Candidate, Workshop
 from moescope.alignment.checks import refusal, require_fitting
 from moescope.alignment.controls import linear_control
 from moescope.alignment.evaluation import Found, refused, result_of
@@ -14,10 +14,10 @@ from moescope.alignment.forms import fitted_options, underdetermined
 from moescope.alignment.held_out import HeldOut
 from moescope.alignment.options import FitOptions
 from moescope.alignment.outcomes import Label, Outcome
-from moescope.alignment.randomness import generator, seed_of
+from moescope.alignment.randomness import seed_of
 from moescope.alignment.result import AlignmentResult
 from moescope.alignment.samples import Samples
-from moescope.alignment.solver import Fit, Task
+from moescope.alignment.solver import Fit
 from moescope.alignment.trainer import (
     Progress,
     Reduction,
@@ -85,23 +85,12 @@ def fit_pairs(
         return {n: refused(t, train, held_out, status, options) for n, t in targets.items()}
     train, held_out = train.single(), held_out.single()
     held = HeldOut(held_out, train.outputs.mean(0))
-    known = enough_inputs(targets, target_inputs or {})
-    rest, inner = train.split(
-        options.solver.inner_share, generator(options.seed, source_name, "inner tokens")
-    )
-    workshop = Workshop(
-        train=train,
-        inner=inner,
-        source=source,
-        source_name=source_name,
-        targets=targets,
-        target_inputs=known,
-        options=options,
-    )
+    workshop = Workshop.of(train, targets, target_inputs or {}, source, source_name, options)
+    known = workshop.target_inputs
     outcomes = {} if outcomes is None else outcomes
     train_groups(
         workshop.groups(),
-        _work(workshop, rest, inner, _reduction(held)),
+        _work(workshop, _reduction(held)),
         outcomes,
         chunk_bytes=options.solver.chunk_bytes,
         budget_seconds=options.budget_seconds,
@@ -113,7 +102,7 @@ def fit_pairs(
         options=options,
         underdetermined=loose,
         outcomes=dict(outcomes),
-        linear=held.errors(linear_control(rest, inner, held_out.inputs)),
+        linear=held.errors(linear_control(workshop.rest, workshop.inner, held_out.inputs)),
         published_mse=_published_mse(train, targets, outcomes, options),
     )
     results = {}
@@ -125,17 +114,12 @@ def fit_pairs(
     return results
 
 
-def _work(workshop: Workshop, rest: Samples, inner: Samples, reduce: Reduction) -> Work:
+def _work(workshop: Workshop, reduce: Reduction) -> Work:
     """How every chunk is fitted."""
     options = workshop.options
     if options.protocol == "published":
         return published_work(workshop.train, options.seed, reduce)
-
-    def order() -> torch.Generator:
-        return generator(options.seed, workshop.source_name, "order of the tokens")
-
-    task = Task.of(rest, inner, options, order, workshop.source)
-    return converged_work(task, reduce)
+    return converged_work(workshop.task(options), reduce)
 
 
 def _reduction(held: HeldOut) -> Reduction:
