@@ -3,6 +3,7 @@
 import hashlib
 import json
 import struct
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -63,20 +64,11 @@ class HandMade(PreTrainedModel):
 
 
 class HandMadeLayer(MoELayer):
-    family, block_class, block_path = "hand_made", "Block", "block"
     top_k, intermediate_size = 1, 1
 
     @property
     def router(self) -> nn.Module:
         return self.block.router
-
-    @property
-    def experts(self) -> nn.Module:
-        return self.block.experts
-
-    @property
-    def residual_norm(self) -> nn.Module:
-        raise NotImplementedError
 
     @property
     def router_weight(self):
@@ -85,8 +77,11 @@ class HandMadeLayer(MoELayer):
     def router_logits(self, router_output):
         return router_output
 
-    def used_routing(self, experts_arguments):
-        return experts_arguments[1], experts_arguments[2]
+    @contextmanager
+    def on_routing(self, seen):
+        handle = self.block.experts.register_forward_pre_hook(lambda _, given: seen(*given[1:]))
+        yield
+        handle.remove()
 
     def route(self, x) -> Routing:
         raise NotImplementedError
@@ -100,11 +95,20 @@ class HandMadeLayer(MoELayer):
     def expert_weights(self, expert) -> ExpertWeights:
         raise NotImplementedError
 
+    def expert_tensors(self, expert):
+        raise NotImplementedError
+
+    def replacing(self, expert, function):
+        raise NotImplementedError
+
+    def rerouting(self, change):
+        raise NotImplementedError
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     network = HandMade(PreTrainedConfig(vocab_size=8, num_hidden_layers=6))
-    layer = HandMadeLayer(network.block, network, index=5)
+    layer = HandMadeLayer(network.block, network, index=5, family="hand_made")
     model = MoEModel(model=network, tokenizer=None, layers=[layer], name="hand made")
     given = {"é": [[1, 2, 3]], "b": [[4, 5], [6, 7]]}
     corpus = Corpus.from_token_ids(given, Packing(length=3, rows=2, shuffle=0))

@@ -111,11 +111,8 @@ def _forward_all(plan: Plan, partial: Partial, recorder: Recorder) -> None:
 
 def _forward(plan: Plan, batch: Batch, recorder: Recorder) -> None:
     """One forward pass, with the language-model head only if something needs its logits."""
-    device, model = plan.model.device, plan.model.model
-    network = model if plan.per_token else model.base_model
-    input_ids = batch.input_ids.to(device)
-    attention_mask = batch.attention_mask.to(device)
-    output = network(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    input_ids, attention_mask = batch.input_ids, batch.attention_mask
+    output = plan.model.forward(input_ids, attention_mask, head=bool(plan.per_token))
     for tensor in plan.per_token:
         on = output.logits.device
         values = tensor.compute(output.logits, input_ids.to(on), attention_mask.to(on))

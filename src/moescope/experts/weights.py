@@ -9,14 +9,15 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from moescope.errors import AlignmentError
-from moescope.experts.activations import activation
+from moescope.experts.activations import activation, neurons
 
 
 @dataclass(frozen=True, eq=False)
 class ExpertWeights:
     """`f(x) = down(act(gate x) * up x)`, or `down(act(up x))` where there is no gate.
 
-    Matrices have the layout of `nn.Linear`: [out, in].
+    In some families gate and up are held within limits and a number is added to up: see
+    `moescope.experts.activations.neurons`. Matrices have the layout of `nn.Linear`: [out, in].
 
     Raises:
         AlignmentError: The matrices do not fit one another.
@@ -37,6 +38,10 @@ class ExpertWeights:
     """[intermediate]."""
     down_bias: Float[Tensor, "..."] | None = None
     """[hidden]."""
+    limit: float | None = None
+    """Bound on what the nonlinearity is given."""
+    up_offset: float = 0.0
+    """Added to up."""
 
     def __post_init__(self) -> None:
         activation(self.activation)
@@ -69,9 +74,16 @@ class ExpertWeights:
             raise AlignmentError(
                 "inputs do not fit the expert", got=tuple(x.shape), expected=(-1, self.hidden_size)
             )
-        act = activation(self.activation)
         up = linear(x, self.up, self.up_bias)  # [tokens, intermediate]
-        wide = act(up) if self.gate is None else act(linear(x, self.gate, self.gate_bias)) * up
+        gate = None if self.gate is None else linear(x, self.gate, self.gate_bias)
+        first, second = (up, None) if gate is None else (gate, up)
+        wide = neurons(
+            first,
+            second,
+            activation_name=self.activation,
+            limit=self.limit,
+            up_offset=self.up_offset,
+        )
         return linear(wide, self.down, self.down_bias)
 
     @property

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 
 import pandas as pd
@@ -14,7 +15,7 @@ from torch.nn.functional import linear
 
 from moescope.errors import ConformanceError
 from moescope.models.observe import Observation, observe
-from moescope.models.view import MoELayer, MoEModel
+from moescope.models.view import MoELayer, MoEModel, Routing
 
 TOLERANCE = 1e-5
 """Largest relative error, ||rebuilt - returned|| / ||returned||, of a block that conforms."""
@@ -38,7 +39,8 @@ def conformance(
 
     Rebuilt, per layer: the output from the *captured* routing, `expert_outputs` and
     `shared_output`; the same with `expert_weights` in place of `expert_outputs`; the router
-    logits from `router_weight`. The errors in the table are the largest of the three. Blocks of
+    logits from `router_weight`; the routing from `route`. The errors in the table are the largest
+    of the four. Blocks of
     half-precision models run once more, upcast, on the inputs that they had in the model, so
     that both sides of the comparison are fp32 and a difference is a difference of mathematics.
 
@@ -103,14 +105,11 @@ def _observations(
 ) -> Sequence[Observation]:
     """One observation per layer, of the model's own forward pass."""
     for layer in model.layers:
-        if layer.decoder_layer.get_submodule(layer.block_path) is not layer.block:
+        if all(module is not layer.block for module in layer.decoder_layer.modules()):
             raise _changed(model, layer, "another module has taken the place of the block")
     observed: list[Observation] = []
-    mask = None if attention_mask is None else attention_mask.to(model.device)
     with torch.no_grad(), observe(model.layers, observed.append):
-        model.model.base_model(
-            input_ids=input_ids.to(model.device), attention_mask=mask, use_cache=False
-        )
+        model.forward(input_ids, attention_mask)
     for layer in model.layers:
         if all(observation.layer is not layer for observation in observed):
             raise _changed(model, layer, "the forward pass of the model does not run the block")
@@ -134,11 +133,13 @@ def _compare(observation: Observation, kept: Bool[Tensor, " tokens"]) -> _Differ
         if observation.input.dtype.itemsize < torch.float32.itemsize:
             observation = _replayed(layer, observation.input)
         x, routing = observation.input, observation.routing
-        logits = linear(x.to(routing.logits), layer.router_weight.to(routing.logits))
+        again = _route(layer, x)
+        used = ((routing.experts >= 0) & (again.experts >= 0)).all(1)
         pairs = [
             (_rebuilt(observation, _by_module), observation.output),
             (_rebuilt(observation, _by_weights), observation.output),
-            (logits, routing.logits),
+            (_logits(layer, x.to(routing.logits)), routing.logits),
+            (_dense(again) * used[:, None], _dense(routing) * used[:, None]),
         ]
         differences = [_difference(rebuilt[kept], seen[kept]) for rebuilt, seen in pairs]
     return max(differences, key=lambda d: (math.isnan(d.relative_error), d.relative_error))
@@ -157,13 +158,36 @@ def _rebuilt(
 ) -> Float[Tensor, "tokens hidden"]:
     """Block output: shared expert + sum over the chosen experts of weight * expert output."""
     layer, routing, x = observation.layer, observation.routing, observation.input
-    shared = layer.shared_output(x)
+    shared = layer.shared_output(x) if layer.shared_in_block else None
     output = torch.zeros_like(x) if shared is None else shared.clone()
-    for expert in sorted(set(routing.experts.flatten().tolist())):
+    for expert in sorted(set(routing.experts[routing.experts >= 0].tolist())):
         tokens, slots = torch.where(routing.experts == expert)
-        weighted = routing.weights[tokens, slots, None] * output_of(layer, expert, x[tokens])
+        function = partial(output_of, layer, expert)
+        weighted = layer.weigh(function, x[tokens], routing.weights[tokens, slots])
         output.index_add_(0, tokens, weighted.to(output))
     return output
+
+
+def _route(layer: MoELayer, x: Float[Tensor, "tokens hidden"]) -> Routing:
+    try:
+        return layer.route(x)
+    except TypeError as error:
+        raise ConformanceError(
+            f"the router of {layer.stack} layer {layer.index} needs more than its block's input",
+            got=error,
+        ) from error
+
+
+def _logits(layer: MoELayer, x: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens experts"]:
+    bias = layer.router_bias
+    return linear(x, layer.router_weight.to(x), None if bias is None else bias.to(x))
+
+
+def _dense(routing: Routing) -> Float[Tensor, "tokens experts"]:
+    """The weight of every expert for every token, 0 where it is not used."""
+    weights = torch.zeros_like(routing.logits)
+    experts = routing.experts.clamp_min(0)  # unused slots weigh 0
+    return weights.scatter_add_(1, experts, routing.weights.to(weights))
 
 
 def _difference(rebuilt: Tensor, seen: Tensor) -> _Difference:

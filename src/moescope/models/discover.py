@@ -4,7 +4,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moescope.errors import ModelError
-from moescope.models.families.registry import by_block_class, supported
+from moescope.models.families.fused import FusedLayer
+from moescope.models.families.registry import by_block_class
 from moescope.models.view import MoELayer
 
 
@@ -18,11 +19,15 @@ def moe_layers(model: PreTrainedModel) -> list[MoELayer]:
     layers: list[MoELayer] = []
     seen: list[str] = []
     for path, module in model.named_modules():
+        if _within(path, seen):
+            continue
         family = families.get(type(module).__name__)
+        if family is None and FusedLayer.fits(module):
+            family = FusedLayer
         if family is not None:
             seen.append(path)
             layers.append(_layer(model, path, family))
-        elif _has_experts(module) and not _within(path, seen):
+        elif _has_experts(module):
             raise _unknown_family(model, path, module)
     if not layers and _should_have_experts(model):
         raise _unknown_family(model, "", model)
@@ -30,22 +35,29 @@ def moe_layers(model: PreTrainedModel) -> list[MoELayer]:
         raise ModelError(
             f"{type(model).__name__} is a dense model: it has no mixture-of-experts layer",
             got=f"model type {model.config.model_type}",
-            expected=f"a mixture-of-experts model of one of the families {supported()}",
+            expected="a mixture-of-experts model",
         )
     return layers
 
 
 def _layer(model: PreTrainedModel, path: str, family: type[MoELayer]) -> MoELayer:
-    """The layer whose block lies at `path`; its number is its place in the list of layers."""
-    layer_path = path.removesuffix(f".{family.block_path}")
-    list_path, _, number = layer_path.rpartition(".")
-    if layer_path == path or not isinstance(model.get_submodule(list_path), nn.ModuleList):
-        raise ModelError(
-            f"a {family.block_class} is not where the family {family.family} has it",
-            got=path,
-            expected=f"LAYERS.NUMBER.{family.block_path}",
-        )
-    return family(model.get_submodule(path), model.get_submodule(layer_path), index=int(number))
+    """The layer whose block lies at `path`; its number is its place in the outermost list."""
+    parts = path.split(".")
+    for depth in range(1, len(parts)):
+        listed = model.get_submodule(".".join(parts[:depth]))
+        if isinstance(listed, nn.ModuleList) and parts[depth].isdigit():
+            return family(
+                model.get_submodule(path),
+                listed[int(parts[depth])],
+                index=int(parts[depth]),
+                stack="encoder" if "encoder" in parts[:depth] else "decoder",
+                family=model.config.get_text_config().model_type,
+            )
+    raise ModelError(
+        f"a {type(model.get_submodule(path)).__name__} lies in no list of layers",
+        got=path,
+        expected="LAYERS.NUMBER. ... .BLOCK",
+    )
 
 
 def _within(path: str, blocks: list[str]) -> bool:
@@ -57,18 +69,17 @@ def _has_experts(module: nn.Module) -> bool:
 
 
 def _should_have_experts(model: PreTrainedModel) -> bool:
-    """Whether the class says that it has routers, and is not a known one configured as dense."""
-    known = {family.family for family in by_block_class().values()}
-    return "router_logits" in (model._can_record_outputs or {}) and (
-        model.config.model_type not in known
-    )
+    """Whether there are modules that the class says are routers."""
+    recorder = (model._can_record_outputs or {}).get("router_logits")
+    router = getattr(recorder, "target_class", recorder)  # transformers takes a class alone too
+    return isinstance(router, type) and any(isinstance(m, router) for m in model.modules())
 
 
 def _unknown_family(model: PreTrainedModel, path: str, module: nn.Module) -> ModelError:
     return ModelError(
-        f"no family describes the experts of {type(model).__name__}, "
-        f"model type {model.config.model_type}",
+        f"the experts of {type(model).__name__}, model type {model.config.model_type}, are built "
+        "like those of no family that moescope knows",
         got=f"a {type(module).__name__}" + (f" at {path}" if path else ""),
-        expected=f"one of the families {supported()}",
-        remedy="A new family is one small file in moescope/models/families",
+        expected="a router, and experts in stacked tensors that are called with its choice",
+        remedy="A family of another kind is one small file in moescope/models/families",
     )

@@ -28,7 +28,8 @@ class Observation:
     output: Float[Tensor, "tokens hidden"]
     """What the block returned, the shared expert included."""
     residual: Float[Tensor, "tokens hidden"] | None
-    """The residual stream before the block and its norm, if asked for."""
+    """The residual stream before the block and its norm, if asked for; the input itself where no
+    norm stands before the block."""
 
 
 Callback = Callable[[Observation], None]
@@ -51,8 +52,7 @@ def observe(
     """
     with ExitStack() as stack:
         for layer in layers:
-            for handle in _Watch(layer, callback).hooks(residual=residual):
-                stack.callback(handle.remove)
+            _Watch(layer, callback).enter(stack, residual=residual)
         yield
 
 
@@ -62,43 +62,70 @@ class _Watch:
     def __init__(self, layer: MoELayer, callback: Callback) -> None:
         self.layer = layer
         self.callback = callback
-        self.residual: Float[Tensor, "tokens hidden"] | None = None
+        self.normed: dict[int, tuple[Tensor, Tensor]] | None = None
         self.logits: Float[Tensor, "tokens experts"]
         self.experts: Int64[Tensor, "tokens top_k"]
         self.weights: Float[Tensor, "tokens top_k"]
 
-    def hooks(self, *, residual: bool) -> Iterator[Any]:
-        """Register the hooks, yielding a handle for each."""
+    def enter(self, stack: ExitStack, *, residual: bool) -> None:
+        """Register the hooks; the stack removes them."""
         layer = self.layer
+        handles = [
+            layer.router.register_forward_hook(self._router_ends),
+            layer.block.register_forward_hook(self._block_ends, with_kwargs=True),
+        ]
         if residual:
-            yield layer.residual_norm.register_forward_pre_hook(self._norm_starts)
-        yield layer.router.register_forward_hook(self._router_ends)
-        yield layer.experts.register_forward_pre_hook(self._experts_start)
-        yield layer.block.register_forward_hook(self._block_ends)
+            self.normed = {}
+            handles += [module.register_forward_hook(self._norm_ends) for module in _before(layer)]
+        for handle in handles:
+            stack.callback(handle.remove)
+        stack.enter_context(layer.on_routing(self._routed))
 
-    def _norm_starts(self, _: nn.Module, arguments: tuple[Any, ...]) -> None:
-        self.residual = self._rows(arguments[0])
+    def _norm_ends(self, _: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        """Note what turned into what: the norm is the module whose output the block is given."""
+        if self.normed is None or not arguments or not isinstance(arguments[0], Tensor):
+            return
+        for tensor in output if isinstance(output, tuple) else (output,):
+            if isinstance(tensor, Tensor) and tensor.shape == arguments[0].shape:
+                self.normed[tensor.data_ptr()] = (arguments[0], tensor)
 
     def _router_ends(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        self.logits = self.layer.router_logits(output).detach()
+        logits = self.layer.router_logits(output).detach()
+        self.logits = logits.reshape(-1, logits.shape[-1])
 
-    def _experts_start(self, _: nn.Module, arguments: tuple[Any, ...]) -> None:
-        experts, weights = self.layer.used_routing(arguments)
+    def _routed(self, experts: Tensor, weights: Tensor) -> None:
         self.experts, self.weights = experts.detach(), weights.detach()
 
-    def _block_ends(self, _: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+    def _block_ends(
+        self, _: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any
+    ) -> None:
+        given = arguments[0] if arguments else next(iter(named.values()))
         routing = Routing(logits=self.logits, weights=self.weights, experts=self.experts)
         observation = Observation(
             self.layer,
-            input=self._rows(arguments[0]),
+            input=self._rows(given),
             routing=routing,
-            output=self._rows(output),
-            residual=self.residual,
+            output=self._rows(output[0] if isinstance(output, tuple) else output),
+            residual=self._residual(given),
         )
         # Nothing may outlive its pass: it would be held in memory, or mixed into the next.
-        self.residual = None
         del self.logits, self.experts, self.weights
         self.callback(observation)
 
+    def _residual(self, given: Tensor) -> Float[Tensor, "tokens hidden"] | None:
+        if self.normed is None:
+            return None
+        before, _ = self.normed.get(given.data_ptr(), (given, given))
+        self.normed.clear()
+        return self._rows(before)
+
     def _rows(self, hidden: Tensor) -> Float[Tensor, "tokens hidden"]:
         return hidden.detach().reshape(-1, self.layer.hidden_size)
+
+
+def _before(layer: MoELayer) -> Iterator[nn.Module]:
+    """The modules of the decoder layer that are no part of the block."""
+    within = set(layer.block.modules())
+    for module in layer.decoder_layer.modules():
+        if module not in within and module is not layer.decoder_layer:
+            yield module

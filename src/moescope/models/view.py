@@ -4,18 +4,20 @@ import hashlib
 import html
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int, Int64
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moescope.errors import OptionError
+from moescope.errors import ModelError, OptionError
 from moescope.experts.weights import ExpertWeights
+from moescope.models.patching import masked_choice
 
 Stack = Literal["decoder", "encoder"]
 
@@ -33,30 +35,47 @@ class Routing:
     weights: Float[Tensor, "tokens top_k"]
     """Weights with which the outputs of the chosen experts were added."""
     experts: Int64[Tensor, "tokens top_k"]
-    """The experts that were used; not sorted."""
+    """The experts that were used, not sorted; -1, with weight 0, where a slot was not used
+    because the expert had no capacity left."""
+
+
+Function = Callable[[Float[Tensor, "tokens hidden"]], Float[Tensor, "tokens hidden"]]
+"""What an expert computes."""
+Replacement = Callable[[Function, Float[Tensor, "tokens hidden"]], Float[Tensor, "tokens hidden"]]
+"""What it computes instead, given what it computed before and its inputs."""
+Rerouting = Callable[
+    [Int64[Tensor, "tokens top_k"], Float[Tensor, "tokens top_k"]],
+    tuple[Int64[Tensor, "tokens top_k"], Float[Tensor, "tokens top_k"]],
+]
+"""Other experts and weights than those the router chose."""
 
 
 class MoELayer(ABC):
     """One sparse block of a model: a router, its experts and, in some families, a shared expert.
 
-    A family is a subclass that says where the parts are and registers itself
-    (`moescope.models.families.registry`). Tensors are flat: one row per token.
+    `moescope.models.families.fused` sees all families that follow the common pattern; the others
+    are subclasses that register themselves (`moescope.models.families.registry`). Tensors are
+    flat: one row per token.
     """
 
-    family: ClassVar[str]
-    """Name of the family, as in `config.model_type`."""
-    block_class: ClassVar[str]
-    """Name of the class of the sparse block."""
-    block_path: ClassVar[str]
-    """Where the block is within its decoder layer."""
+    shared_in_block: ClassVar[bool] = True
+    """Whether the output of the block holds that of the shared expert."""
 
     def __init__(
-        self, block: nn.Module, decoder_layer: nn.Module, *, index: int, stack: Stack = "decoder"
+        self,
+        block: nn.Module,
+        decoder_layer: nn.Module,
+        *,
+        index: int,
+        stack: Stack = "decoder",
+        family: str = "",
     ) -> None:
         self.block = block
         self.decoder_layer = decoder_layer
         self.index = index
         self.stack: Stack = stack
+        self.family = family
+        """As in `config.model_type`."""
 
     @property
     @abstractmethod
@@ -65,23 +84,18 @@ class MoELayer(ABC):
 
     @property
     @abstractmethod
-    def experts(self) -> nn.Module:
-        """The module that is called with the experts and weights in use."""
-
-    @property
-    @abstractmethod
-    def residual_norm(self) -> nn.Module:
-        """The norm whose input is the residual stream before the block."""
-
-    @property
-    @abstractmethod
     def router_weight(self) -> Float[Tensor, "experts hidden"]:
         """Matrix that turns inputs of the block into router logits."""
 
     @property
-    @abstractmethod
+    def router_bias(self) -> Float[Tensor, " experts"] | None:
+        """What is added to the logits, in the few families that do."""
+        return None
+
+    @property
     def top_k(self) -> int:
         """Number of experts per token."""
+        return self.route(self.router_weight.new_zeros(1, self.hidden_size)).experts.shape[1]
 
     @property
     @abstractmethod
@@ -93,14 +107,12 @@ class MoELayer(ABC):
         """The logits within what the router module returned."""
 
     @abstractmethod
-    def used_routing(
-        self, experts_arguments: tuple[Any, ...]
-    ) -> tuple[Int64[Tensor, "tokens top_k"], Float[Tensor, "tokens top_k"]]:
-        """Experts and weights within what the experts module was called with."""
+    def on_routing(self, seen: Callable[[Tensor, Tensor], None]) -> AbstractContextManager[None]:
+        """Have `seen` called with the experts and weights that every forward pass uses."""
 
     @abstractmethod
     def route(self, x: Float[Tensor, "tokens hidden"]) -> Routing:
-        """Routing of inputs of the block."""
+        """Routing of inputs of the block, as one row of tokens where capacity limits it."""
 
     @abstractmethod
     def expert_outputs(
@@ -122,11 +134,73 @@ class MoELayer(ABC):
 
     @abstractmethod
     def expert_weights(self, expert: int) -> ExpertWeights:
-        """One routed expert as tensors: views of the weights of the model, detached.
+        """One routed expert as tensors, detached; views of the weights where these allow it.
+
+        Raises:
+            OptionError: There is no such expert.
+            ModelError: The weights are not plain numbers (quantised), or not of this form.
+        """
+
+    @abstractmethod
+    def expert_tensors(self, expert: int) -> dict[str, Tensor]:
+        """The parameters of one routed expert by name: views, so that writing changes the model.
+
+        Raises:
+            OptionError: There is no such expert.
+            ModelError: The weights are not plain numbers in memory (quantised, offloaded).
+        """
+
+    @abstractmethod
+    def replacing(self, expert: int, function: Replacement) -> AbstractContextManager[None]:
+        """Have `function` compute the outputs of one expert, for the tokens routed to it.
+
+        Routing is seen as before. Contexts nest: the inner one gets the outer one as what the
+        expert computed before.
 
         Raises:
             OptionError: There is no such expert.
         """
+
+    @abstractmethod
+    def rerouting(self, change: Rerouting) -> AbstractContextManager[None]:
+        """Have other experts and weights used than the router chose; they are what is observed."""
+
+    @contextmanager
+    def masking(self, experts: Sequence[int]) -> Iterator[None]:
+        """Have the router choose as if `experts` did not exist.
+
+        Raises:
+            OptionError: There is no such expert, or too few would be left to choose from.
+            ModelError: The router chose one of them all the same.
+        """
+        self.check_experts(experts)
+        masked = sorted(set(experts))
+        if self.num_experts - len(masked) < self.top_k:
+            raise OptionError(
+                f"layer {self.index} chooses {self.top_k} experts per token",
+                got=f"{len(masked)} of {self.num_experts} masked",
+                expected=f"at most {self.num_experts - self.top_k}",
+            )
+
+        def refuse(chosen: Tensor, _: Tensor) -> None:
+            if torch.isin(chosen, torch.tensor(masked, device=chosen.device)).any():
+                raise ModelError(
+                    f"the router of layer {self.index} chose a masked expert",
+                    got=f"{masked} masked",
+                    remedy="Its groups leave it no other choice: mask fewer experts of a group",
+                )
+
+        with masked_choice(self.router, self.num_experts, masked), self.on_routing(refuse):
+            yield
+
+    def weigh(
+        self,
+        function: Function,
+        x: Float[Tensor, "tokens hidden"],
+        weights: Float[Tensor, " tokens"],
+    ) -> Float[Tensor, "tokens hidden"]:
+        """What an expert that computes `function` adds to the output of the block."""
+        return weights[:, None] * function(x)
 
     @property
     def num_experts(self) -> int:
@@ -141,7 +215,7 @@ class MoELayer(ABC):
     @property
     def has_shared_expert(self) -> bool:
         """Whether every token also goes through an expert that is not routed."""
-        nothing = self.router_weight.detach().new_zeros(0, self.hidden_size)
+        nothing = self.router_weight.new_zeros(0, self.hidden_size)
         return self.shared_output(nothing) is not None
 
     def check_experts(self, experts: Sequence[int]) -> None:
@@ -193,6 +267,28 @@ class MoEModel:
             f"{stack} layer {index} of the model {self.name!r} is not a mixture-of-experts layer",
             expected=f"one of {_ranges([la.index for la in self.layers if la.stack == stack])}",
         )
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "rows length"],
+        attention_mask: Int[Tensor, "rows length"] | None = None,
+        *,
+        head: bool = False,
+    ) -> Any:
+        """One forward pass without cache; an encoder-decoder model decodes what it encodes.
+
+        Args:
+            input_ids: Token ids, on any device.
+            attention_mask: 1 at tokens that count; all by default.
+            head: Whether the language-model head runs too; without it there are no logits.
+        """
+        inputs: dict[str, Any] = {"input_ids": input_ids.to(self.device)}
+        if attention_mask is not None:
+            inputs["attention_mask"] = attention_mask.to(self.device)
+        if self.model.config.is_encoder_decoder:
+            inputs |= {f"decoder_{name}": tensor for name, tensor in inputs.items()}
+        network: Any = self.model if head else self.model.base_model
+        return network(**inputs, use_cache=False)
 
     @property
     def device(self) -> torch.device:

@@ -1,34 +1,47 @@
-"""The layout that most families share: fused expert tensors beside a linear router."""
+"""The pattern that most families share: a router, and experts called with its choice."""
 
-from abc import ABC
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
+from moescope.errors import ModelError
 from moescope.experts.weights import ExpertWeights
-from moescope.models.view import MoELayer, Routing
+from moescope.models.families.gating import Gating, gated, plain
+from moescope.models.families.shared import shared_experts
+from moescope.models.patching import Forward, wrapped
+from moescope.models.view import MoELayer, Replacement, Rerouting, Routing
 
-_TOKENS_AT_ONCE = 4096  # bounds the [tokens, 2 * intermediate] in between
+ROUTERS = ("gate", "router")
+_TOKENS_AT_ONCE = 4096  # bounds what an expert holds in between
 
 
-class FusedLayer(MoELayer, ABC):
+class FusedLayer(MoELayer):
     """`block.gate(x) -> (logits, weights, experts)`, `block.experts(x, experts, weights)`.
 
-    The experts hold `gate_up_proj` [experts, 2 * intermediate, hidden], gate first, and
-    `down_proj` [experts, hidden, intermediate], without biases. The block lies at `layer.mlp`
-    behind `layer.post_attention_layernorm`.
+    The router is called `gate` or `router` and holds one matrix as wide as the model. The experts
+    hold `gate_up_proj` (or `up_proj`) and `down_proj`, stacked, in the layout that transformers
+    notes on the module. What is called `shared_...` in the block is a shared expert, behind
+    `shared_..._gate` if there is one. Whether all this holds, conformance proves.
     """
 
-    block_path = "mlp"
+    @staticmethod
+    def fits(block: nn.Module) -> bool:
+        """Whether a module is built like this."""
+        children = dict(block.named_children())
+        tensors = dict(children["experts"].named_parameters()) if "experts" in children else {}
+        down = tensors.get("down_proj")
+        return any(name in children for name in ROUTERS) and down is not None and down.ndim == 3
 
     @property
     def router(self) -> nn.Module:
-        """`block.gate`."""
-        return self.block.get_submodule("gate")
+        """`block.gate` or `block.router`."""
+        children = dict(self.block.named_children())
+        return next(children[name] for name in ROUTERS if name in children)
 
     @property
     def experts(self) -> nn.Module:
@@ -36,77 +49,185 @@ class FusedLayer(MoELayer, ABC):
         return self.block.get_submodule("experts")
 
     @property
-    def residual_norm(self) -> nn.Module:
-        """`layer.post_attention_layernorm`."""
-        return self.decoder_layer.get_submodule("post_attention_layernorm")
-
-    @property
     def router_weight(self) -> Float[Tensor, "experts hidden"]:
-        """`block.gate.weight`, detached."""
-        return self.router.get_parameter("weight").detach()
+        """The matrix in the router, detached."""
+        return self._router_map[0]
 
     @property
-    def top_k(self) -> int:
-        """`block.gate.top_k`: what the router does, whatever the configuration says."""
-        router: Any = self.router
-        return int(router.top_k)
+    def router_bias(self) -> Float[Tensor, " experts"] | None:
+        """The `bias` beside that matrix."""
+        return self._router_map[1]
+
+    @property
+    def _router_map(self) -> tuple[Tensor, Tensor | None]:
+        found = []
+        for module in self.router.modules():
+            own = dict(module.named_parameters(recurse=False))
+            bias = own.get("bias")
+            found += [
+                (tensor.detach(), None if bias is None else bias.detach())
+                for tensor in own.values()
+                if tensor.ndim == 2
+            ]
+        if len(found) != 1:
+            raise ModelError(
+                f"the router of layer {self.index} is more than one linear map",
+                got=f"{len(found)} matrices in {type(self.router).__name__}",
+            )
+        return found[0]
 
     @property
     def intermediate_size(self) -> int:
         """From the shape of `down_proj`."""
-        return self._down.shape[-1]
-
-    @property
-    def _gate_up(self) -> Tensor:
-        return self.experts.get_parameter("gate_up_proj").detach()
-
-    @property
-    def _down(self) -> Tensor:
-        return self.experts.get_parameter("down_proj").detach()
+        transposed: Any = self._layout("is_transposed")
+        return self.experts.get_parameter("down_proj").shape[1 if transposed else 2]
 
     def router_logits(self, router_output: Any) -> Float[Tensor, "tokens experts"]:
-        """First of what `block.gate` returns."""
+        """First of what the router returns."""
         logits: Tensor = router_output[0]
         return logits
 
     def used_routing(
         self, experts_arguments: tuple[Any, ...]
     ) -> tuple[Int64[Tensor, "tokens top_k"], Float[Tensor, "tokens top_k"]]:
-        """Second and third of what `block.experts` is called with."""
+        """Experts and weights within what the experts module is called with."""
         _, experts, weights = experts_arguments
         return experts, weights
 
+    def experts_arguments(
+        self,
+        x: Float[Tensor, "tokens hidden"],
+        experts: Int64[Tensor, "tokens top_k"],
+        weights: Float[Tensor, "tokens top_k"],
+    ) -> tuple[Any, ...]:
+        """What the experts module is called with: the inverse of `used_routing`."""
+        return x, experts, weights
+
+    @contextmanager
+    def on_routing(self, seen: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
+        """From what the experts module is called with."""
+
+        def before(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+            seen(*self.used_routing(arguments))
+
+        handle = self.experts.register_forward_pre_hook(before)
+        try:
+            yield
+        finally:
+            handle.remove()
+
     def route(self, x: Float[Tensor, "tokens hidden"]) -> Routing:
-        """What `block.gate` returns for `x`."""
-        logits, weights, experts = self.router(x.to(self.router_weight))
+        """What the router returns for `x`."""
+        logits, weights, experts, *_ = self.router(x.to(self.router_weight))
         return Routing(logits=logits, weights=weights, experts=experts)
 
     def expert_outputs(
         self, x: Float[Tensor, "tokens hidden"], experts: Sequence[int]
     ) -> Float[Tensor, "experts tokens hidden"]:
-        """Outputs from the fused tensors, with the gating function of the experts module."""
+        """By calling the experts module with one expert and weight 1."""
         self.check_experts(experts)
-        gate_up, down = self._gate_up, self._down
-        apply_gate: Any = self.experts._apply_gate
-        x = x.to(down)
+        forward = self.experts.forward
+        x = x.to(self._dtype)
         outputs = x.new_empty(len(experts), *x.shape)
-        # Expert by expert: indexing several at once would copy their weights.
         for start in range(0, len(x), _TOKENS_AT_ONCE):
             tokens = slice(start, start + _TOKENS_AT_ONCE)
             for row, expert in enumerate(experts):
-                wide = apply_gate(linear(x[tokens], gate_up[expert]))
-                outputs[row, tokens] = linear(wide, down[expert])
+                outputs[row, tokens] = self._one_expert(forward, expert, x[tokens])
         return outputs
 
     def shared_output(
         self, x: Float[Tensor, "tokens hidden"]
     ) -> Float[Tensor, "tokens hidden"] | None:
-        """None; families with a shared expert override this."""
-        return None
+        """What is called `shared_...` in the block."""
+        return shared_experts(self.block, x)
 
     def expert_weights(self, expert: int) -> ExpertWeights:
         """Views of the fused tensors."""
+        tensors = self.expert_tensors(expert)
+        turned = self._layout("is_transposed")
+        matrices = {
+            name: tensor.mT if turned and tensor.ndim == 2 else tensor
+            for name, tensor in tensors.items()
+        }
+        gating = self._gating
+        parts = {"down": matrices["down_proj"], "down_bias": matrices.get("down_proj_bias")}
+        if self._layout("has_gate"):
+            parts["gate"], parts["up"] = gating.split(matrices["gate_up_proj"], dim=0)
+            if "gate_up_proj_bias" in matrices:
+                biases = gating.split(matrices["gate_up_proj_bias"], dim=0)
+                parts["gate_bias"], parts["up_bias"] = biases
+        else:
+            parts |= {"gate": None, "up": matrices["up_proj"]}
+            parts["up_bias"] = matrices.get("up_proj_bias")
+        numbers: dict[str, Any] = parts
+        return ExpertWeights(
+            **numbers,
+            activation=gating.activation,
+            limit=gating.limit,
+            up_offset=gating.up_offset,
+        )
+
+    def expert_tensors(self, expert: int) -> dict[str, Tensor]:
+        """Rows of the fused tensors."""
         self.check_experts([expert])
-        gate, up = torch.chunk(self._gate_up[expert], 2)
-        config: Any = self.experts.config
-        return ExpertWeights(gate, up, self._down[expert], activation=config.hidden_act)
+        return {
+            name: tensor.detach()[expert]
+            for name, tensor in self.experts.named_parameters(recurse=False)
+        }
+
+    @contextmanager
+    def replacing(self, expert: int, function: Replacement) -> Iterator[None]:
+        """The experts module runs with weight 0 there, and the other outputs are added."""
+        self.check_experts([expert])
+
+        def around(forward: Forward) -> Forward:
+            def original(rows: Tensor) -> Tensor:
+                return self._one_expert(forward, expert, rows)
+
+            def replaced(x: Tensor, *arguments: Any) -> Tensor:
+                experts, weights = self.used_routing((x, *arguments))
+                mine = experts == expert
+                rest = weights.masked_fill(mine, 0)
+                output: Tensor = forward(*self.experts_arguments(x, experts, rest))
+                tokens, slots = torch.where(mine)
+                # Also without tokens: whoever trains an adapter expects a graph.
+                new = weights[tokens, slots, None] * function(original, x[tokens])
+                flat = output.reshape(-1, output.shape[-1])
+                return flat.index_add(0, tokens, new.to(output)).view_as(output)
+
+            return replaced
+
+        with wrapped(self.experts, around):
+            yield
+
+    @contextmanager
+    def rerouting(self, change: Rerouting) -> Iterator[None]:
+        """The arguments of the experts module are changed before anyone sees them."""
+
+        def before(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+            return self.experts_arguments(arguments[0], *change(*self.used_routing(arguments)))
+
+        handle = self.experts.register_forward_pre_hook(before, prepend=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _one_expert(self, forward: Forward, expert: int, x: Tensor) -> Tensor:
+        """Unweighted outputs of one expert by the experts module."""
+        experts = torch.full((len(x), 1), expert, device=x.device)
+        output: Tensor = forward(*self.experts_arguments(x, experts, x.new_ones(len(x), 1)))
+        return output.reshape(x.shape)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.experts.get_parameter("down_proj").dtype
+
+    def _layout(self, name: str) -> bool:
+        """What transformers notes on the module about the layout of its tensors."""
+        defaults = {"has_gate": True, "is_transposed": False}
+        return bool(getattr(self.experts, name, defaults[name]))
+
+    @cached_property
+    def _gating(self) -> Gating:
+        return (gated if self._layout("has_gate") else plain)(self.experts)

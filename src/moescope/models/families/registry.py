@@ -1,7 +1,7 @@
-"""Which class of sparse block belongs to which family."""
+"""Which class of sparse block belongs to which family, where the common pattern does not do."""
 
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib import import_module
 from typing import TypeVar
@@ -15,20 +15,23 @@ Family = TypeVar("Family", bound=type[MoELayer])
 _BY_BLOCK_CLASS: dict[str, type[MoELayer]] = {}
 
 
-def register(family: Family) -> Family:
-    """Have blocks of the class named `family.block_class` seen through `family`.
+def register(block_class: str) -> Callable[[Family], Family]:
+    """Have blocks of the class of that name seen through the family this decorates.
 
     Raises:
-        ModelError: Another family took that class or that name.
+        ModelError: Another family took that class.
     """
-    for other in _BY_BLOCK_CLASS.values():
-        if other.block_class == family.block_class or other.family == family.family:
+
+    def registered(family: Family) -> Family:
+        if block_class in _BY_BLOCK_CLASS:
             raise ModelError(
-                f"{family.__qualname__} and {other.__qualname__} both describe "
-                f"{family.family} / {family.block_class}"
+                f"{family.__qualname__} and {_BY_BLOCK_CLASS[block_class].__qualname__} both "
+                f"describe {block_class}"
             )
-    _BY_BLOCK_CLASS[family.block_class] = family
-    return family
+        _BY_BLOCK_CLASS[block_class] = family
+        return family
+
+    return registered
 
 
 @cache
@@ -38,11 +41,6 @@ def _read_family_files() -> None:
 
 
 def by_block_class() -> Mapping[str, type[MoELayer]]:
-    """The families there are, by the name of the class of their sparse block."""
+    """The families with a file of their own, by the name of the class of their sparse block."""
     _read_family_files()
     return _BY_BLOCK_CLASS
-
-
-def supported() -> str:
-    """Names of the families, for messages."""
-    return ", ".join(sorted(family.family for family in by_block_class().values()))

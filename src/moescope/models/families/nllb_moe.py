@@ -1,0 +1,91 @@
+"""NLLB-MoE: two experts per token as far as their capacity goes, in encoder and decoder."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from moescope.experts.weights import ExpertWeights
+from moescope.models.families.feed_forward import feed_forward_weights
+from moescope.models.families.rebuilt import RebuiltLayer
+from moescope.models.families.registry import register
+
+
+@register("NllbMoeSparseMLP")
+class NllbMoeLayer(RebuiltLayer):
+    """`router(x) -> (mask, weights [tokens, experts], logits)`, what the paper says they mean.
+
+    Costa-jussa et al. 2022 (arXiv 2207.04672), section 6.2: every token goes to the two experts
+    with the largest shares, each weighted by its share; expert output masking leaves, on average,
+    1 - `moe_token_dropout` of the outputs.
+    """
+
+    known_fault = (
+        "transformers 5 takes the mask of chosen experts for their numbers, so that only experts "
+        "0 and 1 ever run: a fault of its NllbMoeExperts, without which this model would load"
+    )
+
+    @property
+    def router(self) -> nn.Module:
+        """`block.router`."""
+        return self.block.get_submodule("router")
+
+    @property
+    def router_weight(self) -> Float[Tensor, "experts hidden"]:
+        """`block.router.classifier.weight`, detached."""
+        return self.router.get_parameter("classifier.weight").detach()
+
+    @property
+    def router_bias(self) -> Float[Tensor, " experts"] | None:
+        """`block.router.classifier.bias`, if there is one."""
+        bias = dict(self.router.named_parameters()).get("classifier.bias")
+        return None if bias is None else bias.detach()
+
+    @property
+    def intermediate_size(self) -> int:
+        """From the matrices of the first expert."""
+        return self.expert_weights(0).intermediate_size
+
+    def router_logits(self, router_output: Any) -> Float[Tensor, "tokens experts"]:
+        """Third of what the router returns."""
+        logits: Tensor = router_output[2]
+        return logits
+
+    def chosen(
+        self, router_output: Any
+    ) -> tuple[Int64[Tensor, "tokens top_k"], Float[Tensor, "tokens top_k"]]:
+        """The experts with weights above 0."""
+        experts_module: Any = self.block.get_submodule("experts")
+        weights, experts = router_output[1].topk(2)
+        kept = 1 - experts_module.moe_token_dropout
+        return experts.masked_fill(weights == 0, -1), weights * kept
+
+    def block_output(
+        self, output: Float[Tensor, "tokens hidden"], x: Tensor, router_output: Any
+    ) -> Any:
+        """In the shape of the input."""
+        return output.view_as(x)
+
+    def expert_outputs(
+        self, x: Float[Tensor, "tokens hidden"], experts: Sequence[int]
+    ) -> Float[Tensor, "experts tokens hidden"]:
+        """By calling the modules."""
+        self.check_experts(experts)
+        x = x.to(self.expert_tensors(0)["fc1.weight"])
+        return torch.stack([self._expert(expert)(x) for expert in experts])
+
+    def expert_weights(self, expert: int) -> ExpertWeights:
+        """Views of the matrices of one module."""
+        self.check_experts([expert])
+        return feed_forward_weights(self._expert(expert))
+
+    def expert_tensors(self, expert: int) -> dict[str, Tensor]:
+        """The parameters of one module."""
+        self.check_experts([expert])
+        named = self._expert(expert).named_parameters()
+        return {name: parameter.detach() for name, parameter in named}
+
+    def _expert(self, expert: int) -> nn.Module:
+        return self.block.get_submodule(f"experts.expert_{expert}")

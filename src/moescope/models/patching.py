@@ -1,0 +1,87 @@
+"""Changes what modules do for a while, and puts everything back."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.overrides import TorchFunctionMode
+
+Forward = Callable[..., Any]
+
+
+@contextmanager
+def wrapped(module: nn.Module, wrapper: Callable[[Forward], Forward]) -> Iterator[None]:
+    """Have `wrapper(module.forward)` run in place of `module.forward`; hooks run around it."""
+    own = vars(module)
+    before = own.get("forward")
+    own["forward"] = wrapper(module.forward)
+    try:
+        yield
+    finally:
+        if before is None:
+            del own["forward"]
+        else:
+            own["forward"] = before
+
+
+@contextmanager
+def masked_choice(router: nn.Module, num_experts: int, masked: Sequence[int]) -> Iterator[None]:
+    """Have a router choose as if the `masked` experts did not exist.
+
+    Within its forward pass their logits are as low as numbers go, and so are the biases by which
+    some routers choose. What the router says of the others stays what it is, up to a softmax over
+    all of them.
+    """
+    chosen = list(masked)
+    per_expert = [
+        tensor
+        for tensor in chain(router.parameters(), router.buffers())
+        if tensor.shape == (num_experts,) and tensor.is_floating_point()
+    ]
+
+    def around(forward: Forward) -> Forward:
+        def masking(*arguments: Any, **named: Any) -> Any:
+            with _LowLogits(num_experts, chosen):
+                return forward(*arguments, **named)
+
+        return masking
+
+    originals = [tensor.data for tensor in per_expert]
+    try:
+        for tensor in per_expert:
+            tensor.data = tensor.data.index_fill(0, _indices(chosen, tensor), _lowest(tensor))
+        with wrapped(router, around):
+            yield
+    finally:
+        for tensor, original in zip(per_expert, originals, strict=True):
+            tensor.data = original
+
+
+class _LowLogits(TorchFunctionMode):
+    """Linear maps to one number per expert give the lowest number there is for some experts."""
+
+    def __init__(self, num_experts: int, masked: list[int]) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.masked = masked
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func is linear and output.shape[-1] == self.num_experts:
+            output = output.index_fill(-1, _indices(self.masked, output), _lowest(output))
+        return output
+
+
+def _indices(masked: list[int], beside: Tensor) -> Tensor:
+    return torch.tensor(masked, device=beside.device)
+
+
+def _lowest(tensor: Tensor) -> float:
+    """Half the lowest number, so that two of them can be added."""
+    return torch.finfo(tensor.dtype).min / 2
