@@ -9,9 +9,10 @@ demo: $(READY)  ## run the main job on the shipped model, ends with moescope-dem
 	$(BIN)/moescope demo --out moescope-demo
 
 test: $(READY)  ## run the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(READY)  ## everything that must hold before a change lands
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[quantised]"
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy

@@ -1,6 +1,7 @@
 """How fast the solver finds an answer that is there, against the published loop and tuned Adam.
 
     python benchmarks/align_speed.py [--hidden 640] [--wide 2048] [--tokens 5000] [--seconds 200]
+        [--only stranger]
 
 One core, CPU seconds, everything in one run (about half an hour). The case is made here: inputs
 with a power-law spectrum, an offset and three massive dimensions, normalised to one length and
@@ -39,6 +40,11 @@ GAINS = (1.0, 0.1)
 SHARES = (0.02, 0.05, 0.1, 0.3, 1.0)
 """Of the seconds; ours is not run for all of them."""
 KNOWN = ("both", "inputs", "nothing")
+SETTINGS: dict[str, list[tuple[str, Precision]]] = {
+    "hidden-rotation self": list(product(KNOWN, get_args(Precision))),
+    "stranger": [(known, "float32") for known in KNOWN],
+}
+"""What ours is shown with, by case."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,16 +284,15 @@ def main() -> None:
     parser.add_argument("--wide", type=int, default=2_048)
     parser.add_argument("--tokens", type=int, default=5_000)
     parser.add_argument("--seconds", type=float, default=200.0)
+    parser.add_argument("--only", choices=list(SETTINGS), help="one case, without the costs")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     hidden, wide, tokens = arguments.hidden, arguments.wide, arguments.tokens
-    costs(hidden, wide, tokens)
-    settings = {
-        "hidden-rotation self": list(product(KNOWN, get_args(Precision))),
-        "stranger": [(known, "float32") for known in KNOWN],
-    }
+    if arguments.only is None:
+        costs(hidden, wide, tokens)
     for name, case in cases(hidden, wide, tokens).items():
-        compare(name, case, arguments.seconds, settings[name])
+        if arguments.only in (None, name):
+            compare(name, case, arguments.seconds, SETTINGS[name])
 
 
 if __name__ == "__main__":

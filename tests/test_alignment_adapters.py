@@ -21,6 +21,7 @@ from moescope.errors import OptionError
 from moescope.experts.adapter import TENSORS
 
 FORMS = list(TENSORS)
+QUICK = SolverOptions(steps=120)
 TRAINED = [form for form in FORMS if form != "identity"]
 
 
@@ -31,6 +32,7 @@ def stack_of(adapters):
 
 
 def task_for(case, **options):
+    options = {"solver": QUICK} | options
     train, inner, _ = case.parts()
     return Task.of(train, inner, FitOptions(**options), lambda: generator(0, "order"))
 
@@ -52,7 +54,7 @@ def fitted(case, **options):
 @pytest.mark.parametrize("form", FORMS)
 def test_a_planted_adapter_of_each_form_is_found(form):
     case = planted(form, seed=1)
-    fit, fvu = fitted(case, form=form, rank=2)
+    fit, fvu = fitted(case, form=form, rank=2, solver=SolverOptions(steps=200))
     assert fvu < 0.02
     assert (fit.adapter.form, fit.adapter.rank) == (form, case.adapter.rank)
     assert fit.adapter.num_parameters == case.adapter.num_parameters
@@ -76,7 +78,8 @@ def test_the_linear_form_keeps_the_length_that_layer_norm_takes_away():
     length = 2 * torch.rand(2_000, 1, generator=torch.Generator().manual_seed(0))
     x = normalised(2_000) * length
     lengths = replace(case, tokens=Samples(x, case.source(x), case.tokens.documents))
-    fvu = {form: fitted(lengths, form=form)[1] for form in ("linear", "layer_norm")}
+    options = {"solver": SolverOptions(steps=250)}
+    fvu = {form: fitted(lengths, form=form, **options)[1] for form in ("linear", "layer_norm")}
     assert fvu["linear"] < 0.01
     assert fvu["layer_norm"] > 10 * fvu["linear"]
 
@@ -157,8 +160,7 @@ def test_the_regulariser_keeps_adapted_inputs_near_those_of_the_target(name):
     known, x = case.adapter(case.tokens.inputs), case.parts()[2].inputs
     distances = []
     for chosen in ("none", name):
-        solver = SolverOptions(steps=100)
-        task = task_for(case, regulariser=chosen, regulariser_weight=0.1, solver=solver)
+        task = task_for(case, regulariser=chosen, regulariser_weight=0.1)
         (fit,) = solve(task, [expert(seed=9)], [domain_of(case)])  # a stranger
         assert not fit.constant_kept
         kl, mmd = divergences(fit.adapter(x), known)
@@ -204,7 +206,8 @@ def test_the_hidden_rotation_of_a_form_is_within_its_reach(form, rank):
     target = expert(seed=1)
     source = replace(target, gate=target.gate @ rotation, up=target.up @ rotation)
     train, inner = Samples(x[:300], source(x[:300])), Samples(x[300:], source(x[300:]))
-    task = Task.of(train, inner, FitOptions(form=form, rank=2), lambda: generator(0, "order"))
+    options = FitOptions(form=form, rank=2, solver=QUICK)
+    task = Task.of(train, inner, options, lambda: generator(0, "order"))
     domain = Domain.of(x @ rotation.T, 0.01, generator(0, "domain"))
     (fit,) = solve(task, [target], [domain])
     assert min(point.fvu for point in fit.curve) < 0.05

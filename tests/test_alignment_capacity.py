@@ -13,7 +13,7 @@ from moescope.alignment.options import RANDOM_SEEDS, FitOptions, SolverOptions
 from moescope.alignment.samples import Samples
 from moescope.errors import AlignmentError
 
-OPTIONS = FitOptions(solver=SolverOptions(steps=150, evaluate_every=30))
+OPTIONS = FitOptions(solver=SolverOptions(steps=100, evaluate_every=50))
 
 
 def curve(parameters, real, random):

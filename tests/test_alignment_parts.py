@@ -125,12 +125,12 @@ def test_random_targets_match_norms():
         tuple(round(float(v), 4) for v in row)
         for row in torch.stack([target.up.norm(dim=1), target.down.norm(dim=0)], 1)
     }
-    for random in all_random({"t": target}, 0):
+    for random in all_random([target], 0):
         rows = torch.stack([random.up.norm(dim=1), random.down.norm(dim=0)], 1)
         drawn = {tuple(round(float(v), 4) for v in row) for row in rows}
         near = [min(abs(a - c) + abs(b - d) for c, d in neurons) for a, b in drawn]
         assert max(near) < 1e-3
-    gates = [r.gate for r in [*same_output_space(target, 0, "t"), *all_random({"t": target}, 0)]]
+    gates = [r.gate for r in [*same_output_space(target, 0, "t"), *all_random([target], 0)]]
     assert all(not torch.equal(a, b) for i, a in enumerate(gates) for b in gates[:i])
 
 
@@ -245,52 +245,6 @@ def test_score_interval_holds_the_spread_of_the_random_targets():
     )
     assert wide.value == pytest.approx(narrow.value)
     assert wide.high - wide.low > 2 * (narrow.high - narrow.low)
-
-
-def exchangeable(seed, *, second_kind=0.0, better=0.0, linear=2.0, noise=0.15):
-    """A pair that is one more random target of the first kind, but for being `better`."""
-    g = np.random.default_rng(seed)
-    levels = 0.7 + 0.03 * g.standard_normal((2, 5)) + [[0.0], [second_kind]]
-    pair = 0.7 + 0.03 * g.standard_normal() - better
-    total = g.lognormal(0, 0.3, 60)
-
-    def errors_at(level):
-        return total * level * (1 + noise * g.standard_normal(60))
-
-    return Errors(
-        total=total,
-        pair=errors_at(pair),
-        linear=total * linear,
-        ceiling=errors_at(0.2),
-        random=np.array([[errors_at(level) for level in kind] for kind in levels]),
-    )
-
-
-def share_found(monkeypatch, number, **settings):
-    """Share of simulated data sets with a score above zero beyond doubt."""
-    monkeypatch.setattr(score, "_DRAWS", 400)
-    found = [score_of(exchangeable(seed, **settings), seed).low > 0 for seed in range(number)]
-    return np.mean(found)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("noise", [0.02, 0.15])
-@pytest.mark.parametrize(
-    "settings",
-    [{}, {"second_kind": 0.1}, {"linear": 0.7}],
-    ids=["alike", "one kind worse", "linear map as good as they"],
-)
-def test_an_exchangeable_expert_in_the_place_of_the_pair_is_rarely_found(
-    monkeypatch, settings, noise
-):
-    assert share_found(monkeypatch, 1_000, noise=noise, **settings) <= 0.05
-
-
-@pytest.mark.slow
-def test_a_better_pair_is_found(monkeypatch):
-    """By eight standard deviations of the random targets: five seeds a kind find no less."""
-    assert share_found(monkeypatch, 300, better=0.25) > 0.85
-    assert share_found(monkeypatch, 300, better=0.25, second_kind=0.1) > 0.85
 
 
 def test_a_null_drawn_below_the_ceiling_does_not_turn_the_sign():

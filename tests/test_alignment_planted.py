@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from jaxtyping import config
 
 from alignment_zoo import (
     documents,
@@ -27,14 +28,15 @@ from moescope.alignment.samples import Samples
 from moescope.experts.adapter import Adapter
 
 HIDDEN = 16
-QUICK = SolverOptions(steps=100)
+QUICK = SolverOptions(steps=60)
 
 
 def plain_problem(turn, wide, seed):
     """Source, its inputs, the same function on turned inputs, these inputs, the adapter."""
     source, x = expert(HIDDEN, wide, seed), normalised(1_200, seed=seed)
     ones, zeros = torch.ones(HIDDEN), torch.zeros(HIDDEN)
-    return source, x, reparametrised(source, turn), x @ turn.T, Adapter(turn, zeros, ones, zeros)
+    experts = (reparametrised(source, turn), expert(HIDDEN, wide, seed + 10_000))
+    return source, x, *experts, x @ turn.T, Adapter(turn, zeros, ones, zeros)
 
 
 def outlier_problem(turn, wide, seed):
@@ -43,47 +45,65 @@ def outlier_problem(turn, wide, seed):
     gain, shift = outlier_norm(seed=seed)
     other_gain, other_shift = outlier_norm(seed=seed + 500)
     target = reading(reparametrised(inner, turn), other_gain, other_shift)
+    stranger = reading(expert(HIDDEN, wide, seed + 10_000), other_gain, other_shift)
     inputs = ill_conditioned(400, seed=seed + 1_000, law=seed) @ turn.T * other_gain + other_shift
     adapter = Adapter(turn / gain, -turn @ (shift / gain), other_gain, other_shift)
-    return reading(inner, gain, shift), n * gain + shift, target, inputs, adapter
+    return reading(inner, gain, shift), n * gain + shift, target, stranger, inputs, adapter
 
 
 CASES = {
-    "rotation, more neurons than dimensions": (plain_problem, rotation_keeping_the_mean, 24),
-    "permutation, fewer neurons": (plain_problem, permutation, 8),
-    "rotation, fewer neurons, outliers": (outlier_problem, rotation_keeping_the_mean, 8),
-    "permutation, more neurons, outliers": (outlier_problem, permutation, 24),
+    "rotation, more neurons than dimensions": (plain_problem, rotation_keeping_the_mean, 24, 100),
+    "permutation, fewer neurons": (plain_problem, permutation, 8, 150),
+    "rotation, fewer neurons, outliers": (outlier_problem, rotation_keeping_the_mean, 8, 300),
+    "permutation, more neurons, outliers": (outlier_problem, permutation, 24, 300),
 }
+"""How the source is turned, its neurons, and the steps that its fits get."""
+
+
+@pytest.fixture
+def shapes_checked_once(seed):
+    """The checks of shapes take half of the time: the first seed has them for all."""
+    config.update("jaxtyping_disable", seed > 0)
+    yield
+    config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("shapes_checked_once")
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("case", CASES)
 def test_a_reparametrised_source_is_found(case, seed):
-    problem, turn, wide = CASES[case]
-    source, x, same, inputs, adapter = problem(turn(HIDDEN, seed=seed + 100), wide, seed)
+    problem, turn, wide, steps = CASES[case]
+    turned = turn(HIDDEN, seed=seed + 100)
+    source, x, same, stranger, inputs, adapter = problem(turned, wide, seed)
     torch.testing.assert_close(same(adapter(x)), source(x), atol=2e-3, rtol=2e-3)  # within reach
     train, held_out = samples(source, x)
     targets = {
         "same": same,
         "same output space": same_output_space(same, seed, "planted")[0],
-        "stranger": reading(expert(HIDDEN, wide, seed + 10_000), *outlier_norm(seed=seed + 500)),
+        "stranger": stranger,
     }
     found = fit_pairs(
         train,
         held_out,
         targets,
         target_inputs=dict.fromkeys(targets, inputs),
-        options=FitOptions(controls=False),
+        options=FitOptions(controls=False, solver=SolverOptions(steps=steps)),
     )
     assert found["same"].fvu <= 0.05
     assert found["same"].fvu == min(result.fvu for result in found.values())
 
 
 def test_strangers_end_inside_the_null():
+    """A stranger is one more random expert with its down projection: Gaussian rows of any norm.
+
+    So it is as likely to be at any rank among its own five: 2.5 on average, with a standard error
+    of 1.71 / sqrt(16) for sixteen of them. An interval above zero comes in 2.5% of cases at most.
+    """
     source = expert(seed=1)
     train, held_out = samples(source, normalised(1_000))
     targets = {f"stranger {seed}": expert(seed=seed) for seed in range(50, 66)}
+    outcomes = {}
     found = fit_pairs(
         train,
         held_out,
@@ -91,14 +111,17 @@ def test_strangers_end_inside_the_null():
         source=source,
         target_inputs=dict.fromkeys(targets, normalised(300, seed=9)),
         options=FitOptions(solver=QUICK),
+        outcomes=outcomes,
     )
-    for result in found.values():
-        assert result.status == "ok"
-        # Beyond what one more random target of either kind could have reached?
-        assert result.score_low <= 0 or result.score < 0.1
-        assert abs(result.fvu - result.fvu_random) < 4 * result.fvu_random_sd
-    scores = [result.score for result in found.values()]
-    assert sum(score > 0 for score in scores) <= len(scores) / 2
+    errors = {label: outcome.errors.sum() for label, outcome in outcomes.items()}
+    ranks = [
+        sum(errors["same output space", name, j] < errors["pair", name] for j in range(5))
+        for name in targets
+    ]
+    assert abs(sum(ranks) / 16 - 2.5) < 3 * 1.71 / 16**0.5
+    assert {result.status for result in found.values()} == {"ok"}
+    # Three or more of sixteen in less than 1 of 100.
+    assert sum(result.score_low > 0 for result in found.values()) <= 2
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -154,7 +177,7 @@ def test_sharing_the_output_space_alone_is_no_advantage():
         for name, result in found.items():
             pair = errors["pair", name]
             own.append(sum(errors["same output space", name, j] < pair for j in range(5)))
-            others.append(sum(errors["all random", j] < pair for j in range(5)))
+            others.append(sum(errors["all random", "same 0", j] < pair for j in range(5)))
             above += result.score_low > 0
     assert abs(sum(own) / 30 - 2.5) < 3 * 1.71 / 30**0.5
     assert sum(others) / 30 < 0.5
@@ -200,3 +223,29 @@ def test_degenerate_tokens_give_finite_numbers_or_a_named_status(case, form):
     assert not missing
     assert all(math.isfinite(v) for k, v in result.row().items() if k.startswith("fvu"))
     assert all(bool(t.isfinite().all()) for t in result.adapter.tensors().values())
+
+
+ALIKE = {
+    "one token again and again": lambda x: x[:1].repeat(len(x), 1),
+    "zeros": torch.zeros_like,
+    "one dimension moves": lambda x: torch.cat([x[:, :1], 0 * x[:, 1:]], 1),
+    "one token but for a tenth": lambda x: torch.cat([x[:1].repeat(180, 1), x[:20]]),
+}
+
+
+@pytest.mark.parametrize("form", ["layer_norm", "low_rank"])
+@pytest.mark.parametrize("case", ALIKE)
+def test_target_inputs_that_hardly_vary_give_finite_numbers(case, form):
+    """Where they do not vary at all they are as good as unknown."""
+    source = expert(seed=1)
+    train, held_out = samples(source, normalised(400))
+    inputs = ALIKE[case](normalised(200, seed=5))
+    arguments = {"source": source, "form": form, "rank": 2, "solver": SolverOptions(steps=2)}
+    row = fit(train, held_out, expert(seed=3), target_inputs=inputs, **arguments).row()
+    missing = {name for name, value in row.items() if value != value}
+    varies = bool((inputs != inputs[0]).any())
+    assert missing == (set() if varies else {"kl_before", "kl_after", "mmd_before", "mmd_after"})
+    numbers = [value for value in row.values() if isinstance(value, float) and value == value]
+    assert all(math.isfinite(value) for value in numbers)
+    if not varies:
+        assert str(row) == str(fit(train, held_out, expert(seed=3), **arguments).row())

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -5,6 +7,7 @@ import torch
 
 import moescope
 from models_zoo import build
+from moescope.alignment.options import SolverOptions
 from moescope.alignment.pairs import fit_pairs
 from moescope.analyses import align_work
 from moescope.analyses.align_options import AlignOptions
@@ -13,6 +16,19 @@ from moescope.analyses.registry import find
 from moescope.config import build as build_options
 from moescope.corpora.packing import Packing
 from moescope.errors import CaptureError, OptionError
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_steps():
+    """What is proved here shows after 150 steps as after 300."""
+    asked = AlignOptions.fit_options
+
+    def fewer(options, budget_seconds):
+        return replace(asked(options, budget_seconds), solver=SolverOptions(steps=150))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AlignOptions, "fit_options", fewer)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,15 @@ import pytest
 
 from moescope.analyses.align_findings import findings
 from moescope.analyses.align_layers import by_layers
-from results_zoo import align_result
+from results_zoo import align_result as of_chance
 
 TWO = ((0, 1), (4, 5))
+
+
+def align_result(**about):
+    result = of_chance(**about)
+    result.table["underdetermined"] = False
+    return result
 
 
 def said(tables, words):
@@ -85,15 +91,25 @@ def test_what_an_adapter_costs():
 
 
 def test_underdetermined_pairs_are_counted_with_their_rank():
+    """By the rule of the fits, whatever the form: three fitted at low rank, two of other forms."""
     table = scored()
-    table.loc[:4, "n_train"] = 500  # H is 128
-    table.loc[:4, ["form", "status"]] = ["low_rank", "underdetermined"]
-    table.loc[:4, "rank"] = 125
-    text = said({"align": table}, "fewer training tokens than four times").text
+    table["n_train"] = 500  # H is 128: few for a matrix, many for a gain
+    table.loc[:4, "underdetermined"] = True
+    table.loc[:2, "form"] = "low_rank"
+    table.loc[:2, "rank"] = 62
+    table.loc[5:, "form"] = "scale"
+    text = said({"align": table}, "fewer training tokens than").text
     assert text == (
-        f"5 of {len(table)} pairs have fewer training tokens than four times the hidden size; "
-        "they got adapters of rank 125."
+        f"5 of {len(table)} pairs have fewer training tokens than the adapter asked for needs; "
+        "fitted at rank 62."
     )
+
+
+def test_pairs_that_ran_out_of_time_are_counted():
+    table = scored()
+    table.loc[:2, "status"] = "not_settled"
+    text = said({"align": table}, "ran out of time").text
+    assert text.startswith(f"3 of {len(table)} pairs ran out of time before they or their ceiling")
 
 
 def test_learning_is_summed_up_over_pairs():

@@ -4,21 +4,24 @@ Experts are built when their chunk begins and dropped when it ends: random targe
 seeds, and only the shapes of all of them have to be known beforehand.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from moescope.alignment.checks import say_enough
 from moescope.alignment.controls import all_random, hidden_rotation, rotation_for, same_output_space
 from moescope.alignment.domains import Domain
 from moescope.alignment.forms import hidden_rank
 from moescope.alignment.options import MINIMUM_TRAIN, RANDOM_SEEDS, FitOptions
-from moescope.alignment.outcomes import Label
+from moescope.alignment.outcomes import ControlLabels, Label
 from moescope.alignment.randomness import generator
 from moescope.alignment.samples import Samples
 from moescope.alignment.solver import Task
+from moescope.alignment.stack import same_shape
 from moescope.experts.weights import ExpertWeights
 
 _POOLED = 1_024
@@ -104,14 +107,29 @@ class Workshop:
     def groups(self) -> list[Group]:
         """The targets and, unless switched off, random targets and the hidden-rotation self."""
         found = [self._target(name) for name in self.targets]
-        if not self.options.controls:
-            return found
-        labels: tuple[Label, ...] = tuple(("all random", j) for j in range(RANDOM_SEEDS))
-        first = next(iter(self.targets.values()))
-        found.append(Group(labels=labels, example=first, build=self._all_random))
-        if self.source is not None:
-            labels = (("self",),)
-            found.append(Group(labels=labels, example=self.source, build=self._self))
+        if self.options.controls:
+            found += [self._all_random(crowd) for crowd in self._crowds]
+            told = sorted({name in self.target_inputs for name in self.targets})
+            found += [] if self.source is None else [self._self(self.source, t) for t in told]
+        return found
+
+    def controls(self, name: str) -> ControlLabels:
+        """What a target is compared with."""
+        (crowd,) = (crowd for crowd in self._crowds if name in crowd)
+        return ControlLabels(
+            same_output_space=_seeds("same output space", name),
+            all_random=_seeds("all random", crowd[0]),
+            ceiling=_ceiling(name in self.target_inputs),
+        )
+
+    @cached_property
+    def _crowds(self) -> list[tuple[str, ...]]:
+        """Targets that share all-random ones: of one shape, inputs known of all or of none."""
+        found = []
+        for told in (True, False):
+            names = [n for n in sorted(self.targets) if (n in self.target_inputs) == told]
+            alike = same_shape([self.targets[name] for name in names])
+            found += [tuple(names[i] for i in same) for same in alike]
         return found
 
     def _target(self, name: str) -> Group:
@@ -128,30 +146,41 @@ class Workshop:
 
         labels: tuple[Label, ...] = (("pair", name),)
         if self.options.controls:
-            labels += tuple(("same output space", name, j) for j in range(RANDOM_SEEDS))
+            labels += _seeds("same output space", name)
         return Group(labels=labels, example=target, build=build)
 
-    def _all_random(self) -> dict[Label, Candidate]:
-        domain = self._domain(self._pooled_inputs(), "all random")
-        return {
-            ("all random", j): self._candidate(expert, domain)
-            for j, expert in enumerate(all_random(self.targets, self.options.seed))
-        }
+    def _all_random(self, crowd: Sequence[str]) -> Group:
+        targets = [self.targets[name] for name in crowd]
+        labels = _seeds("all random", crowd[0])
 
-    def _self(self) -> dict[Label, Candidate]:
-        assert self.source is not None
-        rotation = rotation_for(
-            self.train.hidden_size,
-            self.options.seed,
-            self.source_name,
-            hidden_rank(self.options.form, self.options.rank),
-        )
-        rotation = rotation.to(self.train.inputs.device)
-        # Told of its target's inputs as the pairs are: by other tokens than it is trained on.
-        inner = self.inner if len(self.inner) >= MINIMUM_TRAIN else self.train
-        turned = inner.inputs @ rotation.T if self.target_inputs else None
-        expert = hidden_rotation(self._here(self.source), rotation)
-        return {("self",): self._candidate(expert, self._domain(turned, self.source_name))}
+        def build() -> dict[Label, Candidate]:
+            domain = self._domain(self._pooled_inputs(crowd), "all random")
+            experts = all_random(targets, self.options.seed)
+            return {
+                label: self._candidate(expert, domain)
+                for label, expert in zip(labels, experts, strict=True)
+            }
+
+        return Group(labels=labels, example=targets[0], build=build)
+
+    def _self(self, source: ExpertWeights, told: bool) -> Group:
+        """`told`: whether of its inputs, as the pairs that it is the ceiling of."""
+
+        def build() -> dict[Label, Candidate]:
+            rotation = rotation_for(
+                self.train.hidden_size,
+                self.options.seed,
+                self.source_name,
+                hidden_rank(self.options.form, self.options.rank),
+            )
+            rotation = rotation.to(self.train.inputs.device)
+            # By other tokens than it is trained on, as the pairs are.
+            inner = self.inner if len(self.inner) >= MINIMUM_TRAIN else self.train
+            turned = inner.inputs @ rotation.T if told else None
+            expert = hidden_rotation(self._here(source), rotation)
+            return {_ceiling(told): self._candidate(expert, self._domain(turned, self.source_name))}
+
+        return Group(labels=(_ceiling(told),), example=source, build=build)
 
     def _candidate(self, expert: ExpertWeights, domain: Domain) -> Candidate:
         return Candidate(expert=self._here(expert), domain=domain)
@@ -168,13 +197,14 @@ class Workshop:
         here = inputs.to(self.train.inputs.device).float()
         return Domain.of(here, self.options.solver.shrinkage, source_of_choice)
 
-    def _pooled_inputs(self) -> Tensor | None:
+    def _pooled_inputs(self, crowd: Sequence[str]) -> Tensor | None:
         """As many inputs of every target, never all of them in one tensor."""
-        if not self.target_inputs:
+        if crowd[0] not in self.target_inputs:
             return None
-        each = -(-_POOLED // len(self.target_inputs))
+        each = -(-_POOLED // len(crowd))
         chosen = []
-        for name, inputs in sorted(self.target_inputs.items()):
+        for name in crowd:
+            inputs = self.target_inputs[name]
             order = torch.randperm(
                 len(inputs), generator=generator(self.options.seed, name, "pooled")
             )
@@ -182,12 +212,17 @@ class Workshop:
         return torch.cat(chosen)
 
 
+def _seeds(*kind: str) -> tuple[Label, ...]:
+    return tuple((*kind, j) for j in range(RANDOM_SEEDS))
+
+
+def _ceiling(told: bool) -> Label:
+    return ("self", "inputs known" if told else "inputs unknown")
+
+
 def _enough_inputs(
     targets: Mapping[str, ExpertWeights], target_inputs: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Inputs of those targets that have at least 64 of them.
-
-    Fewer say too little of where a target's inputs lie to start from there.
-    """
+    """Inputs of those targets where they say enough to start from there."""
     known = {name: target_inputs[name] for name in targets if name in target_inputs}
-    return {name: inputs for name, inputs in known.items() if len(inputs) >= MINIMUM_TRAIN}
+    return {name: inputs for name, inputs in known.items() if say_enough(inputs)}

@@ -24,7 +24,6 @@ from moescope.experts.weights import ExpertWeights
 
 RANKS = (0, 1, 4, 16, 64)
 """Ranks below the full one."""
-_SELF: Label = ("self",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,12 +241,13 @@ class _Climb:
                 fvu=self._fvu(label, fit, held),
             )
             for label, fit in self.fits.items()
-            if label != _SELF
+            if label[0] != "self"
         ]
 
     def self_fvu(self, held: HeldOut) -> float:
         """Where the hidden-rotation self is now; NaN where there is none."""
-        return self._fvu(_SELF, self.fits[_SELF], held) if _SELF in self.fits else math.nan
+        own = [self._fvu(n, fit, held) for n, fit in self.fits.items() if n[0] == "self"]
+        return own[0] if own else math.nan
 
     def _fvu(self, label: Label, fit: Fit, tokens: HeldOut) -> float:
         return tokens.share(tokens.errors_of(fit, self.candidates[label].expert))

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from jaxtyping import Float
 from torch import Tensor
 
 from moescope.alignment.options import MINIMUM_HELD_OUT, MINIMUM_TRAIN
@@ -54,8 +55,17 @@ def refusal(train: Samples, held_out: Samples) -> Status | None:
     """Why there will be no numbers, if so."""
     if len(train) < MINIMUM_TRAIN or len(held_out) < MINIMUM_HELD_OUT:
         return "too_few_tokens"
-    for outputs in (train.outputs.double(), held_out.outputs.double()):
-        varying = (outputs - outputs.mean(0)).square().sum()
-        if varying <= 1e-10 * outputs.square().sum():
-            return "constant_outputs"
+    if not (_vary(train.outputs) and _vary(held_out.outputs)):
+        return "constant_outputs"
     return None
+
+
+def say_enough(target_inputs: Float[Tensor, "tokens hidden"]) -> bool:
+    """Whether inputs of a target say where they lie: at least 64 tokens, not all alike."""
+    return len(target_inputs) >= MINIMUM_TRAIN and _vary(target_inputs)
+
+
+def _vary(values: Float[Tensor, "tokens hidden"]) -> bool:
+    """Whether tokens differ by more than rounding."""
+    wide = values.double()
+    return bool((wide - wide.mean(0)).square().sum() > 1e-10 * wide.square().sum())

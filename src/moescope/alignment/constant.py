@@ -21,7 +21,8 @@ def constant_adapters(
 
     The squared error of a constant c is the variance plus |c - mean|^2, so only the mean counts.
     Adam from the mean of the target's inputs and seven of its inputs, half of them with steps as
-    large as the inputs, half with steps as large as their spread; the best found is kept.
+    large as the inputs, half with steps as large as their spread, and from the same seven without
+    the mean, for experts that are quiet where no inputs are; the best found is kept.
 
     Returns:
         Adapters of form "scale" whose gain is zero.
@@ -30,7 +31,7 @@ def constant_adapters(
     unit = outputs.square().mean()
     shift = torch.stack([_candidates(domain) for domain in domains]).requires_grad_()
     reach = [(domain.scale, domain.inputs.square().mean().sqrt()) for domain in domains]
-    scale = torch.stack([torch.stack(r) for r in reach]).repeat(1, _CANDIDATES // 2)[:, :, None]
+    scale = torch.stack([torch.stack(r) for r in reach]).repeat(1, _CANDIDATES)[:, :, None]
     first, second = torch.zeros_like(shift), torch.zeros_like(shift)
     for step in range(1, _STEPS + 1):
         error = (experts(shift) - wanted).square().sum() / unit
@@ -51,4 +52,5 @@ def _candidates(domain: Domain) -> Float[Tensor, "candidates hidden"]:
     every = max(1, len(inputs) // (_CANDIDATES - 1))
     chosen = inputs[::every][: _CANDIDATES - 1]
     missing = _CANDIDATES - 1 - len(chosen)
-    return torch.cat([mean, chosen, mean.expand(missing, -1)])
+    near = torch.cat([mean, chosen, mean.expand(missing, -1)])
+    return torch.cat([near, near - mean])

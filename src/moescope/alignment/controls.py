@@ -1,6 +1,7 @@
 """What the error of a fit is compared with, on the same tokens."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -22,15 +23,8 @@ def hidden_rotation(
     def turned(matrix: Tensor) -> Tensor:
         return (matrix.float() @ rotation.to(matrix.device).T).to(matrix.dtype)
 
-    return ExpertWeights(
-        None if source.gate is None else turned(source.gate),
-        turned(source.up),
-        source.down,
-        source.activation,
-        source.gate_bias,
-        source.up_bias,
-        source.down_bias,
-    )
+    gate = None if source.gate is None else turned(source.gate)
+    return replace(source, gate=gate, up=turned(source.up))
 
 
 def rotation_for(
@@ -74,17 +68,16 @@ def same_output_space(target: ExpertWeights, seed: int, name: str) -> list[Exper
     return found
 
 
-def all_random(targets: Mapping[str, ExpertWeights], seed: int) -> list[ExpertWeights]:
-    """Random targets of the second kind: all three matrices, shared by the targets of a layer.
+def all_random(targets: Sequence[ExpertWeights], seed: int) -> list[ExpertWeights]:
+    """Random targets of the second kind: all three matrices, shared by targets of one shape.
 
     Each random neuron takes the norms of its gate row, up row and down column from one neuron
-    drawn from all targets of the shape of the first; biases and activation are the first's.
+    drawn from all targets; biases and activation are the first's.
     """
-    first = next(iter(targets.values()))
-    alike = [t for t in targets.values() if sorted(t.tensors()) == sorted(first.tensors())]
-    up_norms = torch.cat([_row_norms(t.up) for t in alike])
-    down_norms = torch.cat([_row_norms(t.down.T) for t in alike])
-    gates = [_row_norms(t.gate) for t in alike if t.gate is not None]
+    first = targets[0]
+    up_norms = torch.cat([_row_norms(t.up) for t in targets])
+    down_norms = torch.cat([_row_norms(t.down.T) for t in targets])
+    gates = [_row_norms(t.gate) for t in targets if t.gate is not None]
     found = []
     for j in range(RANDOM_SEEDS):
         source = generator(seed, "all random", j)
@@ -112,9 +105,7 @@ def _like(matrix: Tensor, norms: Tensor, source: torch.Generator) -> Tensor:
 
 
 def _with(expert: ExpertWeights, gate: Tensor | None, up: Tensor, down: Tensor) -> ExpertWeights:
-    return ExpertWeights(
-        gate, up, down, expert.activation, expert.gate_bias, expert.up_bias, expert.down_bias
-    )
+    return replace(expert, gate=gate, up=up, down=down)
 
 
 def linear_control(

@@ -52,13 +52,22 @@ class Domain:
     @property
     def spread(self) -> Float[Tensor, " hidden"]:
         """Standard deviation of every dimension; of one that hardly moves, a little more."""
-        deviations: Tensor = (self.inputs - self.whitening.mean).square().mean(0).sqrt()
-        return deviations.clamp_min(1e-3 * float(self.scale))
+        return with_floor((self.inputs - self.whitening.mean).square().mean(0).sqrt())
 
     @property
     def scale(self) -> Float[Tensor, ""]:
         """Root mean square distance from the mean, per dimension."""
-        return (self.inputs - self.whitening.mean).square().mean().sqrt().clamp_min(1e-6)
+        return _size(self.inputs - self.whitening.mean)
+
+
+def with_floor(deviations: Float[Tensor, " hidden"]) -> Float[Tensor, " hidden"]:
+    """Standard deviations of all dimensions, a little more for one that hardly moves."""
+    size = deviations.square().mean().sqrt().clamp_min(1e-6)
+    return deviations.clamp_min(1e-3 * float(size))
+
+
+def _size(centred: Float[Tensor, "tokens hidden"]) -> Float[Tensor, ""]:
+    return centred.square().mean().sqrt().clamp_min(1e-6)
 
 
 def coordinates(form: Form, inputs: Float[Tensor, "tokens hidden"], shrinkage: float) -> Whitening:
@@ -73,7 +82,7 @@ def coordinates(form: Form, inputs: Float[Tensor, "tokens hidden"], shrinkage: f
         return Whitening.in_part(inputs, shrinkage)
     if form == "orthogonal":
         mean = inputs.mean(0)
-        scale = (inputs - mean).square().mean().sqrt().clamp_min(1e-6)
+        scale = _size(inputs - mean)
         eye = torch.eye(len(mean), device=inputs.device)
         return Whitening(mean, eye / scale, eye * scale)
     return Whitening.by_dimension(inputs)

@@ -13,8 +13,8 @@ from torch import Tensor
 from moescope.alignment.controls import project_on_outputs
 from moescope.alignment.forms import num_parameters, trained_rank
 from moescope.alignment.held_out import HeldOut
-from moescope.alignment.options import RANDOM_SEEDS, FitOptions
-from moescope.alignment.outcomes import Label, Outcome
+from moescope.alignment.options import FitOptions
+from moescope.alignment.outcomes import ControlLabels, Label, Outcome
 from moescope.alignment.regularisers import divergences
 from moescope.alignment.result import AlignmentResult, Status
 from moescope.alignment.samples import Samples
@@ -37,14 +37,16 @@ class Found:
     """Whether the form asked for has more freedom than the training tokens can settle."""
     outcomes: Mapping[Label, Outcome]
     """Of the pairs and of their controls."""
+    controls: Mapping[str, ControlLabels]
+    """Which of them each target is compared with; empty where controls were switched off."""
     linear: Float[np.ndarray, " documents"]
     """Squared errors of the linear map."""
     published_mse: Mapping[str, float]
     """What the published loop prints, by target."""
 
-    def share(self, *label: str | int) -> float:
-        """FVU of a fit."""
-        return self.held.share(self.outcomes[label].errors)
+    def ceiling(self, name: str) -> Outcome | None:
+        """The hidden-rotation self of a target, where the source is known."""
+        return self.outcomes.get(self.controls[name].ceiling) if name in self.controls else None
 
 
 def refused(
@@ -77,8 +79,9 @@ def result_of(
         seed: Draws the documents of the intervals.
     """
     held, pair = found.held, found.outcomes["pair", name]
-    fit, ceiling = pair.fit, found.outcomes.get(("self",))
+    fit, ceiling = pair.fit, found.ceiling(name)
     assert fit is not None
+    own = ceiling.fit if ceiling else None
     x, y = held.samples.inputs, held.samples.outputs
     low, high = fvu_interval(pair.errors, held.total, seed)
     adapted = fit.adapter(x)
@@ -88,11 +91,12 @@ def result_of(
         **_fitted_controls(name, found, seed),
         **_distances(x, adapted, inputs),
     }
-    columns["status"] = _status(found, columns)
+    hurried = any(f.cut_short and not f.converged for f in (fit, own) if f is not None)
+    columns["status"] = _status(found, columns, hurried=hurried)
     return AlignmentResult(
         adapter=fit.adapter,
         curve=fit.curve,
-        self_curve=ceiling.fit.curve if ceiling and ceiling.fit else (),
+        self_curve=own.curve if own else (),
         n_documents=held.samples.num_documents,
         published_mse=found.published_mse[name],
         fvu=held.share(pair.errors),
@@ -105,7 +109,8 @@ def result_of(
         steps=fit.steps,
         converged=fit.converged,
         constant_kept=fit.constant_kept,
-        self_converged=bool(ceiling and ceiling.fit and ceiling.fit.converged),
+        underdetermined=found.underdetermined,
+        self_converged=bool(own and own.converged),
         **columns,
     )
 
@@ -113,14 +118,11 @@ def result_of(
 def _fitted_controls(name: str, found: Found, seed: int) -> dict[str, Any]:
     """Columns of the random targets, of the hidden-rotation self, and the score."""
     outcomes, held = found.outcomes, found.held
-    if ("all random", 0) not in outcomes:
+    if name not in found.controls:
         return {}
-    seeds = range(RANDOM_SEEDS)
-    labels: list[list[Label]] = [
-        [("same output space", name, j) for j in seeds],
-        [("all random", j) for j in seeds],
-    ]
-    random = np.array([[outcomes[label].errors for label in kind] for kind in labels])
+    labels = found.controls[name]
+    kinds = (labels.same_output_space, labels.all_random)
+    random = np.array([[outcomes[label].errors for label in kind] for kind in kinds])
     shares = random.sum(-1) / held.total.sum()  # [kinds, seeds]
     columns = {
         "fvu_random": float(shares.mean()),
@@ -128,18 +130,19 @@ def _fitted_controls(name: str, found: Found, seed: int) -> dict[str, Any]:
         "fvu_random_down": float(shares[0].mean()),
         "fvu_random_all": float(shares[1].mean()),
     }
-    if ("self",) not in outcomes:
+    ceiling = found.ceiling(name)
+    if ceiling is None:
         return columns
     errors = Errors(
         total=held.total,
         pair=outcomes["pair", name].errors,
         linear=found.linear,
-        ceiling=outcomes["self",].errors,
+        ceiling=ceiling.errors,
         random=random,
     )
     score = score_of(errors, seed)
     return columns | {
-        "fvu_self": found.share("self"),
+        "fvu_self": held.share(ceiling.errors),
         "score": score.value,
         "score_low": score.low,
         "score_high": score.high,
@@ -182,7 +185,7 @@ def _facts(
     }
 
 
-def _status(found: Found, columns: Mapping[str, Any]) -> Status:
+def _status(found: Found, columns: Mapping[str, Any], *, hurried: bool) -> Status:
     if "fvu_random" not in columns:
         return "no_controls"
     if "fvu_self" not in columns:
@@ -191,6 +194,8 @@ def _status(found: Found, columns: Mapping[str, Any]) -> Status:
         return "undefined"
     if found.held.samples.num_documents < FEWEST_UNITS:
         return "few_documents"
+    if hurried:
+        return "not_settled"
     if found.underdetermined:
         return "underdetermined"
     return "ok"

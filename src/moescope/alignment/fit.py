@@ -3,6 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor
 
+from moescope.alignment.checks import say_enough
 from moescope.alignment.options import (
     MINIMUM_TRAIN,
     FitOptions,
@@ -45,7 +46,7 @@ def fit(
         target: The expert to put behind the adapter; frozen.
         source: The expert that made the outputs; without it there is no ceiling and no score.
         target_inputs: Inputs [tokens, hidden] of the target in its own layer, where known: they
-            give the fit its start. Under 64 tokens they are not used.
+            give the fit its start. Under 64 tokens, or where all are alike, they are not used.
         protocol: "converged", or "published": the ten steps of the MoE Align study.
         form: What the adapter may do; "layer_norm" is fitted as "low_rank" where there are fewer
             than four training tokens per dimension.
@@ -61,11 +62,11 @@ def fit(
         AlignmentError: Shapes do not fit, a tensor holds NaN or infinity, or a regulariser is
             wanted and the target's inputs are not known.
     """
-    if regulariser != "none" and (target_inputs is None or len(target_inputs) < MINIMUM_TRAIN):
+    if regulariser != "none" and (target_inputs is None or not say_enough(target_inputs)):
         raise AlignmentError(
             f"the regulariser {regulariser!r} needs inputs of the target in its own layer",
             got="none" if target_inputs is None else f"{len(target_inputs)} tokens",
-            expected=f"`target_inputs` of at least {MINIMUM_TRAIN} tokens",
+            expected=f"`target_inputs` of at least {MINIMUM_TRAIN} tokens that are not all alike",
         )
     options = FitOptions(
         protocol=protocol,

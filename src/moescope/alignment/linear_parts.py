@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from moescope.alignment.domains import with_floor
 from moescope.alignment.samples import Samples
 from moescope.alignment.stack import ExpertStack
 from moescope.alignment.whitening import Whitening
@@ -83,6 +84,5 @@ class SourceLinear:
         else:
             experts = ExpertStack.of([source], train.inputs.device)
             jacobian = mean_jacobians(experts, train.inputs[None, :_TOKENS])[0]
-        spread = train.inputs.std(0, correction=0)
-        spread = spread.clamp_min(1e-3 * float(spread.square().mean().sqrt())).clamp_min(1e-6)
+        spread = with_floor(train.inputs.std(0, correction=0))
         return cls(jacobian, spread, white, coordinates.inverse.mT)

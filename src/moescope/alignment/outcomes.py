@@ -21,7 +21,20 @@ from moescope.experts.adapter import Adapter
 from moescope.runs import write_text
 
 Label = tuple[str | int, ...]
-"""("pair", target), ("same output space", target, j), ("all random", j) or ("self",)."""
+"""("pair", target), ("same output space", target, j), ("all random", first of the targets that
+share it, j), or ("self", whether told of its inputs)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlLabels:
+    """What one target is compared with."""
+
+    same_output_space: tuple[Label, ...]
+    """Random targets with its down projection."""
+    all_random: tuple[Label, ...]
+    """Random targets with three random matrices."""
+    ceiling: Label
+    """The hidden-rotation self."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -56,6 +69,7 @@ class OutcomeFolder(MutableMapping[Label, Outcome]):
                 "steps": fit.steps,
                 "converged": fit.converged,
                 "constant_kept": fit.constant_kept,
+                "cut_short": fit.cut_short,
                 "curve": fit.curve,
                 "published_mse": fit.published_mse,
             }

@@ -46,15 +46,16 @@ def fit_pairs(
 
     Fits run in chunks that fit in memory: experts of a chunk are built when it begins, its fits are
     reduced to errors per held-out document when it ends. Shared by all targets: the whitening, the
-    linear map, the hidden-rotation self, and the random targets with three random matrices, whose
-    norms are drawn from all targets of the call. The random targets with the true down projection
-    are each target's own. The linear map is fitted on all training tokens, inner ones included; the
-    fits use the inner ones only to stop and to choose.
+    linear map, and the hidden-rotation self (one that is told of its inputs for the targets whose
+    inputs are known, one that is not for the others). The random targets with the true down
+    projection are each target's own; those with three random matrices are shared by the targets of
+    one shape whose inputs are all known, or all not. The linear map is fitted on all training
+    tokens, inner ones included; the fits use the inner ones only to stop and to choose.
 
-    Random choices depend on seed, names and purpose alone, never on how the fits are batched. A
-    target's own numbers do not depend on its company either, but for `fvu_random_all` and with it
-    the score: the norms of the all-random targets, and where their inputs lie, come from all
-    targets of the call. Their random directions do not.
+    Random choices depend on seed, names and purpose alone, never on the order of the targets or on
+    how the fits are batched. A target's numbers do not depend on its company either, but for
+    `fvu_random_all` and with it the score: the norms of the all-random targets, and where their
+    inputs lie, come from the targets that share them. Their random directions do not.
 
     With fewer than four training tokens per dimension, form "layer_norm" is fitted as "low_rank",
     controls alike.
@@ -66,7 +67,8 @@ def fit_pairs(
         source: The expert that made the outputs; without it there is no ceiling and no score.
         source_name: Keys the random choices of this source.
         target_inputs: Inputs [tokens, hidden] of each target in its own layer, where known; they
-            give the fit its start. Under 64 tokens they are not used: the start would be dead.
+            give the fit its start. Under 64 tokens, or where all are alike, they are not used: the
+            start would be dead.
         options: Protocol, form, controls, budget, seed, solver.
         progress: Called with the number of fits done and of all fits.
         outcomes: Gets every finished fit, chunk by chunk. A later call with the same arguments
@@ -102,6 +104,7 @@ def fit_pairs(
         options=options,
         underdetermined=loose,
         outcomes=dict(outcomes),
+        controls={n: workshop.controls(n) for n in targets} if options.controls else {},
         linear=held.errors(linear_control(workshop.rest, workshop.inner, held_out.inputs)),
         published_mse=_published_mse(train, targets, outcomes, options),
     )

@@ -16,6 +16,7 @@ Status = Literal[
     "no_ceiling",
     "undefined",
     "few_documents",
+    "not_settled",
     "underdetermined",
     "ok",
 ]
@@ -27,6 +28,7 @@ no_controls       controls were switched off: no score
 no_ceiling        the source expert was not given: no score
 undefined         null and ceiling are less than 0.05 apart: no score
 few_documents     under 30 held-out documents, or documents not known: no intervals
+not_settled       the budget ended the fit of the pair, or of its ceiling, before it had converged
 underdetermined   the form asked for has more freedom than the data: a full matrix under 4 H
                   training tokens, where `layer_norm` is fitted as `low_rank`, or a rank above an
                   eighth of them
@@ -114,9 +116,12 @@ class AlignmentResult:
     steps: int = 0
     """Optimiser steps."""
     converged: bool = False
-    """Whether steps were taken, beat the constant, and changed little in their second half."""
+    """Whether steps were taken, beat the constant, and changed little in their second half; where
+    the budget ended them, there were enough to tell."""
     constant_kept: bool = False
     """Whether the constant-output adapter was kept: no fit beat it."""
+    underdetermined: bool = False
+    """Whether the form asked for has more freedom than the data, whatever else `status` says."""
     self_converged: bool = False
     """`converged` of the hidden-rotation self; False where there is none."""
     status: Status

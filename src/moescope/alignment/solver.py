@@ -6,7 +6,7 @@ depends on which others are in the batch.
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import compress
 
@@ -44,10 +44,13 @@ class Fit:
     steps: int
     """Optimiser steps until the fit stopped."""
     converged: bool
-    """Whether steps were taken, beat the constant, and changed little in their second half; for
-    the identity, which takes none, always."""
+    """Whether steps were taken, beat the constant, and changed little in their second half; where
+    the budget ended them, there were as many as `patience`. For the identity, which takes none,
+    always."""
     constant_kept: bool = False
     """Whether `adapter` is the one of constant output: no fit beat it."""
+    cut_short: bool = False
+    """Whether the budget ended it, not its steps or its patience."""
     curve: tuple[CurvePoint, ...] = ()
     """Inner validation FVU along the way."""
     published_mse: float = math.nan
@@ -174,7 +177,8 @@ def solve(
         with torch.no_grad(), loss.products():
             optimiser.step(gradients, warm_up * 0.5 * (1 + math.cos(math.pi * share)))
         step += 1
-    return _finish(task, targets, best, constants)
+    cut = best.alive[going].tolist() if step < task.options.steps else []
+    return _finish(task, targets, best, constants, cut)
 
 
 def _untrained(constant: Float[Tensor, " hidden"]) -> Fit:
@@ -247,8 +251,22 @@ def _variance(y: Tensor, reference: Tensor) -> float:
 
 
 @torch.no_grad()
-def _finish(task: Task, targets: ExpertStack, best: Best, constants: AdapterStack) -> list[Fit]:
-    """Fold the whitening into the weights; keep the constant adapter where it is as good."""
+def _finish(
+    task: Task,
+    targets: ExpertStack,
+    best: Best,
+    constants: AdapterStack,
+    cut: Collection[int],
+) -> list[Fit]:
+    """Fold the whitening into the weights; keep the constant adapter where it is as good.
+
+    Args:
+        task: What the fits share.
+        targets: Their experts.
+        best: Their weights and curves.
+        constants: Their constant adapters.
+        cut: Those that the budget ended.
+    """
     better = beats(best.adapters, constants, targets, task.inner)
     plain = best.adapters.folded(task.whitening)
     silent = plain.silenced(constants.shift)
@@ -257,14 +275,16 @@ def _finish(task: Task, targets: ExpertStack, best: Best, constants: AdapterStac
         steps, kept = curve[-1].step, not bool(better[i])
         early = min(point.fvu for point in curve if 2 * point.step <= steps)
         settled = early - float(best.fvu[i]) <= task.options.settled
+        enough = steps >= task.options.patience if i in cut else steps > 0
         fits.append(
             Fit(
                 adapter=(silent if kept else plain).adapter(i),
                 constant=constants.shift[i].clone(),
                 steps=steps,
-                # Without a step, or with another adapter in its place, nothing has settled.
-                converged=settled and steps > 0 and not kept,
+                # With hardly a step, or with another adapter in its place, nothing has settled.
+                converged=settled and enough and not kept,
                 constant_kept=kept,
+                cut_short=i in cut,
                 curve=tuple(curve),
             )
         )

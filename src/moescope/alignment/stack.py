@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import layer_norm
 
 from moescope.alignment.whitening import Whitening
-from moescope.experts.activations import activation
+from moescope.experts.activations import neurons
 from moescope.experts.adapter import TENSORS, Adapter, Form
 from moescope.experts.weights import ExpertWeights
 
@@ -19,7 +19,8 @@ def same_shape(experts: Sequence[ExpertWeights]) -> list[list[int]]:
     """Group experts that can be stacked; indices in order of first appearance."""
     groups: dict[tuple[object, ...], list[int]] = {}
     for i, expert in enumerate(experts):
-        key = (expert.intermediate_size, expert.activation, *sorted(expert.tensors()))
+        nonlinearity = (expert.activation, expert.limit, expert.up_offset)
+        key = (expert.intermediate_size, *nonlinearity, *sorted(expert.tensors()))
         groups.setdefault(key, []).append(i)
     return list(groups.values())
 
@@ -42,6 +43,10 @@ class ExpertStack:
     """[fits, 1, hidden]."""
     activation: str
     """Name of the nonlinearity."""
+    limit: float | None = None
+    """As in `ExpertWeights`."""
+    up_offset: float = 0.0
+    """As in `ExpertWeights`."""
 
     @classmethod
     def of(cls, experts: Sequence[ExpertWeights], device: torch.device) -> "ExpertStack":
@@ -56,7 +61,13 @@ class ExpertStack:
 
         names = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
         parts: dict[str, Any] = {name: stacked(name) for name in names}
-        return cls(**parts, activation=experts[0].activation)
+        first = experts[0]
+        return cls(
+            **parts,
+            activation=first.activation,
+            limit=first.limit,
+            up_offset=first.up_offset,
+        )
 
     def __len__(self) -> int:
         return self.up.shape[0]
@@ -74,8 +85,13 @@ class ExpertStack:
 
     def neurons(self, first: Tensor, up: Tensor | None = None) -> Tensor:
         """Activations of the neurons, [fits, tokens, intermediate], from what `before` gives."""
-        active = activation(self.activation)(first)
-        return active if up is None else active * up
+        return neurons(
+            first,
+            up,
+            activation_name=self.activation,
+            limit=self.limit,
+            up_offset=self.up_offset,
+        )
 
     def keep(self, chosen: Tensor) -> "ExpertStack":
         """Some of the experts; `chosen` is a mask or indices."""

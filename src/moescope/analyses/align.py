@@ -27,7 +27,7 @@ from moescope.models.view import MoEModel
 from moescope.progress import track
 from moescope.runs import Finding, Result, library_versions
 
-PARTS_VERSION = 3
+PARTS_VERSION = 4
 """Raised with every change of mathematics, so that no part computed before it is reused."""
 PANEL_ROWS = 5_000
 """Tokens behind histograms and principal components."""

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-from moescope.alignment.options import WELL_DETERMINED
 from moescope.analyses.align_curve_findings import capacity_findings, learning_findings
 from moescope.analyses.align_layers import CHANCE, LAYERS, by_layers
 from moescope.runs import Finding
@@ -204,22 +203,19 @@ def _divergences(measured: pd.DataFrame) -> list[Finding]:
 def _caveats(table: pd.DataFrame) -> list[Finding]:
     """How many pairs rest on too little; a pair may be counted in several sentences."""
     numbers = table.fvu.notna()
-    few = numbers & (table.n_train < WELL_DETERMINED * _hidden_size(table))
-    lower = table[few & (table.form == "low_rank")]
-    low_rank = "" if lower.empty else f"; they got adapters of rank {_range(lower['rank'], '.0f')}"
+    loose = numbers & table.underdetermined
+    lower = table[loose & (table.form == "low_rank")]
+    ranks = "" if lower.empty else f"; fitted at rank {_range(lower['rank'], '.0f')}"
     counts = {
         "have too few tokens for any number": table.status == "too_few_tokens",
         "imitate an expert whose outputs do not vary": table.status == "constant_outputs",
         "have controls too close to the ceiling for a score": table.status == "undefined",
         "have too few held-out documents for an interval": numbers & table.fvu_low.isna(),
-        f"have fewer training tokens than four times the hidden size{low_rank}": few,
+        "ran out of time before they or their ceiling had settled": table.status == "not_settled",
+        f"have fewer training tokens than the adapter asked for needs{ranks}": loose,
     }
     return [
         Finding(text=f"{int(chosen.sum())} of {len(table)} pairs {words}.")
         for words, chosen in counts.items()
         if chosen.any()
     ]
-
-
-def _hidden_size(table: pd.DataFrame) -> "pd.Series[float]":
-    return (table.mse_sum / table.mse_mean).round()
