@@ -180,7 +180,7 @@ def test_manifest(folder):
     }
     shards = manifest.pop("shards")
     assert manifest == {
-        "schema": 1,
+        "schema": 2,
         "model": {
             "name": "hand made",
             "revision": None,
@@ -206,12 +206,14 @@ def test_manifest(folder):
         "domains": ["é", "b"],
         "layers": [
             {
+                "stack": "decoder",
                 "index": 5,
                 "family": "hand_made",
                 "num_experts": 2,
                 "top_k": 1,
                 "hidden_size": 2,
                 "intermediate_size": 1,
+                "unused_slots": 0,
             }
         ],
         "options": {

@@ -78,8 +78,10 @@ def count_layer(capture: Capture, layer: int) -> LayerRouting:
     entropy, top_k = 0.0, 0
     for part, shard in capture.routing_shards(layer):
         num_experts, top_k = shard.logits.shape[1], shard.experts.shape[1]
+        used = shard.experts >= 0
+        owners = np.repeat(documents[part], used.sum(1).numpy())
         counts = counts + measures.counts_by_document(
-            shard.experts.numpy(), documents[part], len(capture.document_names), num_experts
+            shard.experts[used][:, None].numpy(), owners, len(capture.document_names), num_experts
         )
         entropy += measures.router_entropy_bits(shard.logits.double().numpy()).sum()
     return LayerRouting(
@@ -136,6 +138,7 @@ def layer_table(layers: list[LayerRouting], n_tokens: int) -> pd.DataFrame:
                 "num_experts": len(used),
                 "top_k": part.top_k,
                 "n_tokens": n_tokens,
+                "unused_slots": n_tokens * part.top_k - int(used.sum()),
                 "entropy_bits": float(measures.entropy_bits(used)),
                 "max_entropy_bits": float(np.log2(len(used))),
                 "router_entropy_bits": part.router_entropy_bits,

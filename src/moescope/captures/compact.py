@@ -7,20 +7,20 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from moescope.captures.partial import Partial
+from moescope.captures.places import Place, listed
 from moescope.captures.plan import Plan
 from moescope.captures.sampling import Reservoirs
 from moescope.captures.shards import (
     SHARD_BYTES,
     Columns,
     Entry,
-    layer_tensor,
     read_tensor,
     write_shard,
 )
 
 
 def write_samples(
-    plan: Plan, partial: Partial, reservoirs: dict[int, Reservoirs]
+    plan: Plan, partial: Partial, reservoirs: dict[Place, Reservoirs]
 ) -> Iterator[Entry]:
     """Write the sample beyond the whole rows; its shards depend on the sample alone.
 
@@ -28,26 +28,26 @@ def write_samples(
 
     Holds one file of candidates and one shard (twice that while writing) at a time.
     """
-    for layer in (layer.index for layer in plan.layers):
-        rows = _sampled_rows(plan, partial, layer, reservoirs[layer].sample())
+    for place in plan.places:
+        rows = _sampled_rows(plan, partial, place, reservoirs[place].sample())
         for number, content in enumerate(_in_shards(rows)):
-            named = {layer_tensor(layer, name): values for name, values in content.items()}
-            file = f"sample-{layer:03d}-{number:05d}.safetensors"
-            yield write_shard(partial.folder, file, named, kind="sample", layers=[layer])
+            named = {place.tensor(name): values for name, values in content.items()}
+            file = f"sample-{place.file}-{number:05d}.safetensors"
+            yield write_shard(partial.folder, file, named, kind="sample", **listed([place]))
 
 
 def _sampled_rows(
-    plan: Plan, partial: Partial, layer: int, sample: Int64[Tensor, "sample"]
+    plan: Plan, partial: Partial, place: Place, sample: Int64[Tensor, "sample"]
 ) -> Iterator[dict[str, Tensor]]:
     """Tensors of the sampled tokens in token order, one file of candidates after the other."""
     folder, names = partial.candidate_folder, ["tokens", *(tensor.name for tensor in plan.wide)]
     for entry in partial.candidates:
-        if layer not in entry["layers"]:
+        if not place.within(entry):
             continue
-        tokens = read_tensor(folder, entry, layer_tensor(layer, "tokens"))
+        tokens = read_tensor(folder, entry, place.tensor("tokens"))
         chosen = torch.isin(tokens, sample).nonzero()[:, 0]
         if len(chosen):
-            tensors = (read_tensor(folder, entry, layer_tensor(layer, name)) for name in names)
+            tensors = (read_tensor(folder, entry, place.tensor(name)) for name in names)
             yield {name: tensor[chosen] for name, tensor in zip(names, tensors, strict=True)}
 
 

@@ -20,7 +20,8 @@ class CaptureOptions:
     """Size of each expert's own sample: of all tokens that the corpus sends to an expert, record
     this many at random, or all if there are fewer."""
     layers: tuple[int, ...] | None = None
-    """The model's own numbers of the layers to record; None records every MoE layer."""
+    """The model's own numbers of the layers to record, in every stack that has them; None records
+    every MoE layer."""
     dtype: str | None = None
     """Type of the wide tensors: float32, bfloat16 or float16; None keeps the model's own."""
     seed: int = 0

@@ -7,11 +7,11 @@ manifest of the finished capture is in place.
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moescope.captures.shards import SCHEMA, Entry, verify
+from moescope.captures.shards import READABLE, Entry, verify
 from moescope.errors import CaptureError, MoEScopeError
 from moescope.runs import read_json, write_json
 
@@ -34,6 +34,8 @@ class Group:
     """Kept tokens in rows whose wide tensors were recorded wholly."""
     data_sha256: str = ""
     """Chained hash of the rows done."""
+    unused_slots: Mapping[str, int] = field(default_factory=dict)
+    """By layer, the slots of kept tokens that no expert was used for."""
     shards: Sequence[Entry] = ()
     """Finished shards of this group."""
     candidates: Sequence[Entry] = ()
@@ -121,11 +123,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = read_json(path)
     except MoEScopeError as error:
         raise CaptureError(f"{path} was altered: it is not JSON", got=error) from error
-    if manifest.get("schema") != SCHEMA:
+    if manifest.get("schema") not in READABLE:
         raise CaptureError(
             f"{path} has another format",
             got=manifest.get("schema"),
-            expected=f"schema {SCHEMA}",
+            expected=f"schema {' or '.join(map(str, READABLE))}",
             remedy="Capture again, or use the version of moescope that wrote it",
         )
     return manifest

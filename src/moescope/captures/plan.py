@@ -1,13 +1,14 @@
 """What a capture is going to be, before anything is computed."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from moescope.captures.options import CaptureOptions
+from moescope.captures.places import Place
 from moescope.captures.registry import BlockTensor, LogitsTensor, recordable
-from moescope.captures.shards import SCHEMA
 from moescope.corpora.corpus import Corpus
 from moescope.corpora.tokens import tokenizer_sha256
 from moescope.errors import CaptureError
@@ -45,12 +46,12 @@ class Plan:
         tensors = [recordable(name) for name in names]
         blocks = [tensor for tensor in tensors if isinstance(tensor, BlockTensor)]
         layers = _layers(model, options.layers)
-        for tensor in blocks:
-            _require_available(tensor, layers)
+        for tensor in tensors:
+            _require_available(tensor, model, layers)
         dtype = options.dtype or str(model.dtype).removeprefix("torch.")
         completed = asdict(options) | {
             "record": tuple(names),
-            "layers": tuple(layer.index for layer in layers),
+            "layers": tuple(dict.fromkeys(sorted(layer.index for layer in layers))),
             "dtype": dtype,
         }
         return cls(
@@ -64,6 +65,11 @@ class Plan:
         )
 
     @property
+    def places(self) -> list[Place]:
+        """Those of the layers."""
+        return [Place.of(layer) for layer in self.layers]
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of the wide tensors."""
         dtype: torch.dtype = getattr(torch, str(self.options.dtype))
@@ -73,7 +79,6 @@ class Plan:
         """What has to be equal for two captures to be the same, as JSON can hold it."""
         options = asdict(self.options)
         return {
-            "schema": SCHEMA,
             "model": {
                 "fingerprint": self.model.fingerprint,
                 "dtype": str(self.model.dtype).removeprefix("torch."),
@@ -86,8 +91,8 @@ class Plan:
             },
         }
 
-    def description(self) -> dict[str, Any]:
-        """What the manifest says beyond the identity."""
+    def description(self, unused_slots: Mapping[str, int]) -> dict[str, Any]:
+        """What the manifest says beyond the identity, given the slots that were not used."""
         config = self.model.model.config
         return {
             "model": {
@@ -101,12 +106,14 @@ class Plan:
             "domains": self.corpus.domains,
             "layers": [
                 {
+                    "stack": layer.stack,
                     "index": layer.index,
                     "family": layer.family,
                     "num_experts": layer.num_experts,
                     "top_k": layer.top_k,
                     "hidden_size": layer.hidden_size,
                     "intermediate_size": layer.intermediate_size,
+                    "unused_slots": unused_slots[str(Place.of(layer))],
                 }
                 for layer in self.layers
             ],
@@ -114,27 +121,31 @@ class Plan:
 
 
 def _layers(model: MoEModel, indices: tuple[int, ...] | None) -> list[MoELayer]:
-    """Decoder layers to record.
-
-    An encoder's tokens are other tokens than the decoder's; the format has one list of tokens.
-    """
-    decoder = [layer for layer in model.layers if layer.stack == "decoder"]
+    """Layers to record; a number stands for the layers of that number in all stacks."""
     if indices is None:
-        if not decoder:
-            raise CaptureError(f"{model.name} has no decoder layer with experts")
-        return decoder
+        return model.layers
     if not indices:
         raise CaptureError("there are no layers to record", remedy="Name at least one")
-    chosen = {model.layer(index).index for index in indices}
-    return [layer for layer in decoder if layer.index in chosen]
+    for missing in set(indices) - {layer.index for layer in model.layers}:
+        model.layer(missing, model.layers[-1].stack)  # says which ones there are
+    return [layer for layer in model.layers if layer.index in indices]
 
 
-def _require_available(tensor: BlockTensor, layers: list[MoELayer]) -> None:
-    if tensor.needs != "shared expert":
+def _require_available(
+    tensor: BlockTensor | LogitsTensor, model: MoEModel, layers: list[MoELayer]
+) -> None:
+    remedy = f"Leave {tensor.name} out"
+    if isinstance(tensor, LogitsTensor) and model.model.config.is_encoder_decoder:
+        raise CaptureError(
+            f"{tensor.name} cannot be recorded: {model.name} is an encoder-decoder; its encoder "
+            "reads the whole row before its decoder predicts a token of it",
+            remedy=remedy,
+        )
+    if isinstance(tensor, LogitsTensor) or tensor.needs != "shared expert":
         return
     for layer in layers:
         if not layer.has_shared_expert:
             raise CaptureError(
                 f"{tensor.name} cannot be recorded: layer {layer.index} has no shared expert",
-                remedy=f"Leave {tensor.name} out",
+                remedy=remedy,
             )

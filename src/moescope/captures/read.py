@@ -13,10 +13,11 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from moescope.captures.partial import MANIFEST, read_manifest
+from moescope.captures.places import Place
 from moescope.captures.sampling import expert_keys, lowest, priorities
-from moescope.captures.shards import Entry, layer_tensor, read_tensor, verify
+from moescope.captures.shards import Entry, read_tensor, verify
 from moescope.errors import CaptureError, unknown
-from moescope.models.view import Routing
+from moescope.models.view import Routing, Stack
 from moescope.runs import Run
 
 
@@ -35,20 +36,32 @@ class Capture:
 
     Tokens are the kept positions of the corpus in its order, T of them; padding is not among
     them unless the packing kept it. Tensors are read from the disk when they are asked for.
+    Both stacks of an encoder-decoder model see the same tokens; layers are those of one stack.
     """
 
-    def __init__(self, run: str | os.PathLike[str]) -> None:
+    def __init__(self, run: str | os.PathLike[str], *, stack: Stack = "decoder") -> None:
         """Open `run/capture` and check every shard.
 
+        Args:
+            run: The run folder.
+            stack: Whose layers to speak of.
+
         Raises:
-            CaptureError: There is no complete capture, or a shard is missing, truncated or altered.
+            CaptureError: There is no complete capture, or a shard is missing, truncated or altered;
+                no layer of the stack was recorded.
         """
         self.folder = Run(run).capture_folder
+        self.stack: Stack = stack
         self.manifest: dict[str, Any] = read_manifest(self.folder)
         for entry in self.manifest["shards"]:
             verify(self.folder, entry)
         if sum(entry["tokens"] for entry in self._shards("tokens")) != self.num_tokens:
             raise CaptureError(f"{self.folder / MANIFEST} was altered: its tokens do not add up")
+        if not self._layers:
+            raise CaptureError(
+                f"{self.folder} holds no layer of the {stack}",
+                expected=" or ".join(sorted({_stack(la) for la in self.manifest["layers"]})),
+            )
 
     @staticmethod
     def exists(run: str | os.PathLike[str]) -> bool:
@@ -57,8 +70,8 @@ class Capture:
 
     @property
     def layers(self) -> list[int]:
-        """The model's own numbers of the recorded layers, ascending."""
-        return [layer["index"] for layer in self.manifest["layers"]]
+        """The model's own numbers of the recorded layers of the stack, ascending."""
+        return [layer["index"] for layer in self._layers]
 
     @property
     def recorded(self) -> list[str]:
@@ -104,12 +117,14 @@ class Capture:
     def layer_facts(self, layer: int) -> dict[str, Any]:
         """Family, `num_experts`, `top_k`, `hidden_size` and `intermediate_size` of a layer.
 
+        And `unused_slots`: of T x `top_k` those that no expert was used for, for lack of capacity.
+
         Raises:
             CaptureError: The layer was not recorded.
         """
-        for facts in self.manifest["layers"]:
+        for facts in self._layers:
             if facts["index"] == layer:
-                return dict(facts)
+                return {"unused_slots": 0, **facts}
         raise CaptureError(
             f"layer {layer} is not in {self.folder}",
             expected=f"one of {', '.join(map(str, self.layers))}",
@@ -186,7 +201,7 @@ class Capture:
         self.layer_facts(layer)
         for entry in self._shards("tokens"):
             logits, weights, experts = (
-                read_tensor(self.folder, entry, layer_tensor(layer, name))
+                read_tensor(self.folder, entry, self._tensor(layer, name))
                 for name in ("logits", "weights", "experts")
             )
             first = entry["first_token"]
@@ -220,7 +235,7 @@ class Capture:
             entry
             for kind in ("rows", "sample")
             for entry in self._shards(kind)
-            if layer in entry["layers"]
+            if Place(self.stack, layer).within(entry)
         ]
         if not entries:
             raise CaptureError(
@@ -228,7 +243,7 @@ class Capture:
                 remedy="Capture with tokens or tokens_per_expert above 0",
             )
         tokens, values = (
-            torch.cat([read_tensor(self.folder, e, layer_tensor(layer, part)) for e in entries])
+            torch.cat([read_tensor(self.folder, e, self._tensor(layer, part)) for e in entries])
             for part in ("tokens", name)
         )
         return Recorded(tokens, values)
@@ -274,7 +289,8 @@ class Capture:
         recorded = self.inputs(layer)
         used = self._experts_at(layer, recorded.tokens)
         position, slot = torch.isin(used, torch.tensor(experts)).nonzero(as_tuple=True)
-        keys = expert_keys(self.seed, layer, self.layer_facts(layer)["num_experts"])
+        number = Place(self.stack, layer).number
+        keys = expert_keys(self.seed, number, self.layer_facts(layer)["num_experts"])
         numbers = priorities(keys, used, recorded.tokens)[position, slot]
         chosen = lowest(used[position, slot], numbers, torch.full_like(keys, self._per_expert))
         owner, position = used[position, slot][chosen], position[chosen]
@@ -288,7 +304,7 @@ class Capture:
     def _experts_shards(self, layer: int) -> Iterator[tuple[int, Tensor]]:
         """First token and int16 experts [tokens, top_k] of every shard."""
         for entry in self._shards("tokens"):
-            name = layer_tensor(layer, "experts")
+            name = self._tensor(layer, "experts")
             yield entry["first_token"], read_tensor(self.folder, entry, name)
 
     def _experts_at(self, layer: int, tokens: Int64[Tensor, "some"]) -> Int64[Tensor, "some top_k"]:
@@ -298,6 +314,14 @@ class Capture:
             here = (tokens >= first) & (tokens < first + len(experts))
             parts.append(experts[tokens[here] - first].long())
         return torch.cat(parts)
+
+    @cached_property
+    def _layers(self) -> list[dict[str, Any]]:
+        """What the manifest says of the layers of the stack."""
+        return [layer for layer in self.manifest["layers"] if _stack(layer) == self.stack]
+
+    def _tensor(self, layer: int, name: str) -> str:
+        return Place(self.stack, layer).tensor(name)
 
     def _shards(self, kind: str) -> list[Entry]:
         return [entry for entry in self.manifest["shards"] if entry["kind"] == kind]
@@ -343,3 +367,8 @@ class Capture:
             for name, fact in self._facts().items()
         )
         return f"<h3>Capture</h3><table>{rows}</table>"
+
+
+def _stack(layer: dict[str, Any]) -> str:
+    """That of a layer in the manifest; version 1 knew decoders only."""
+    return str(layer.get("stack", "decoder"))

@@ -18,6 +18,7 @@ from moescope.captures.partial import (
 from moescope.captures.plan import Plan
 from moescope.captures.read import Capture
 from moescope.captures.recorder import Recorder, chained_sha256
+from moescope.captures.shards import SCHEMA
 from moescope.corpora.corpus import Corpus
 from moescope.corpora.packing import Batch
 from moescope.errors import CaptureError
@@ -56,7 +57,7 @@ def capture(
         record: Names of tensors, see `moescope.captures.registry`.
         tokens: Size of the sample of whole rows, in tokens.
         tokens_per_expert: Size of each expert's uniform sample of its tokens, in tokens.
-        layers: The model's own layer numbers.
+        layers: The model's own layer numbers, in every stack that has them.
         dtype: Type of the wide tensors.
         seed: Seed of the sample.
         shard_tokens: Tokens per group of shards.
@@ -172,11 +173,12 @@ def _finish(plan: Plan, partial: Partial, recorder: Recorder) -> None:
         )
     written = write_samples(plan, partial, recorder.reservoirs) if plan.wide else ()
     samples = list(track(written, "capture: sample shards"))
-    identity, description = dict(partial.identity), plan.description()
+    identity, description = dict(partial.identity), plan.description(state.unused_slots)
     partial.finish(
         identity
         | description
         | {
+            "schema": SCHEMA,
             "model": identity["model"] | description["model"],
             "num_rows": state.rows,
             "num_tokens": state.tokens,

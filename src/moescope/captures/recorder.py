@@ -9,6 +9,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from moescope.captures.partial import Group, Partial
+from moescope.captures.places import Place, listed
 from moescope.captures.plan import Plan
 from moescope.captures.sampling import Reservoirs, expert_keys
 from moescope.captures.shards import (
@@ -16,7 +17,6 @@ from moescope.captures.shards import (
     SPILL_BYTES,
     Columns,
     Entry,
-    layer_tensor,
     read_tensor,
     write_shard,
 )
@@ -37,10 +37,12 @@ class Recorder:
         self._written = self._state = replace(partial.last, shards=(), candidates=())
         self.reservoirs = _reservoirs(plan, partial)
         self._narrow, self._rows, self._spill = Columns(), Columns(), Columns()
-        self._offers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._offers: dict[Place, tuple[Tensor, Tensor]] = {}
         self._names: list[str] = []
-        self._spilling: set[int] = set()
+        self._spilling: set[Place] = set()
         self._spilled: list[Entry] = []
+        before = partial.last.unused_slots
+        self._unused = {place: torch.tensor(before.get(str(place), 0)) for place in plan.places}
 
     @property
     def full(self) -> bool:
@@ -75,10 +77,12 @@ class Recorder:
 
     def observe(self, seen: Observation) -> None:
         """Take the tensors of one layer during the forward pass."""
-        kept = self._kept_beside(seen.routing.experts)
+        place, kept = Place.of(seen.layer), self._kept_beside(seen.routing.experts)
+        unused = (seen.routing.experts[kept] < 0).sum()
+        self._unused[place] = self._unused[place].to(unused.device) + unused
         for tensor in self._plan.narrow:
             for name, values in tensor.compute(seen, kept).items():
-                self._narrow.add(layer_tensor(seen.layer.index, name), values)
+                self._narrow.add(place.tensor(name), values)
         if self._plan.wide:
             if self._whole:
                 self._take_whole_rows(seen, kept[: self._whole])
@@ -92,8 +96,8 @@ class Recorder:
         """Finish a batch after its forward pass."""
         for columns in (self._narrow, self._rows, self._spill):
             columns.settle()
-        for layer, (tokens, experts) in self._offers.items():
-            self.reservoirs[layer].offer(tokens.cpu(), experts.cpu())
+        for place, (tokens, experts) in self._offers.items():
+            self.reservoirs[place].offer(tokens.cpu(), experts.cpu())
         self._offers.clear()
         if self._spill.bytes >= SPILL_BYTES:
             self._write_candidates()
@@ -110,13 +114,14 @@ class Recorder:
         content = self._narrow.take() | _text_tensors(self._names)
         shards = [write_shard(folder, f"tokens-{number}", content, kind="tokens", **tokens)]
         if self._rows.bytes:
-            layers = list(self._plan.options.layers or ())
+            layers = listed(self._plan.places)
             content = self._rows.take()
-            shards.append(
-                write_shard(folder, f"rows-{number}", content, kind="rows", layers=layers)
-            )
+            shards.append(write_shard(folder, f"rows-{number}", content, kind="rows", **layers))
         self._write_candidates()
-        self._partial.commit(replace(self._state, shards=shards, candidates=self._spilled))
+        unused = {str(place): int(count) for place, count in self._unused.items()}
+        self._partial.commit(
+            replace(self._state, shards=shards, candidates=self._spilled, unused_slots=unused)
+        )
         self._names, self._spilled, self._written = [], [], self._state
 
     def _tokens_in_whole_rows(self, batch: Batch) -> int:
@@ -135,23 +140,23 @@ class Recorder:
 
     def _take_whole_rows(self, seen: Observation, chosen: Int64[Tensor, "chosen"]) -> None:
         tokens = torch.arange(self._first, self._first + len(chosen))
-        self._rows.add(layer_tensor(seen.layer.index, "tokens"), tokens)
+        self._rows.add(Place.of(seen.layer).tensor("tokens"), tokens)
         self._take_wide(self._rows, seen, chosen)
 
     def _take_candidates(self, seen: Observation, offered: Int64[Tensor, "offered"]) -> None:
-        layer = seen.layer.index
-        candidates = self.reservoirs[layer].candidates(seen.routing.experts[offered], self._first)
+        place = Place.of(seen.layer)
+        candidates = self.reservoirs[place].candidates(seen.routing.experts[offered], self._first)
         accepted = candidates.nonzero()[:, 0]
         tokens = self._first + accepted
         experts = seen.routing.experts[offered[accepted]].to(torch.int16)
-        self._offers[layer] = (tokens, experts)
+        self._offers[place] = (tokens, experts)
         # Those in whole rows, a prefix, are in the reservoirs too but recorded already.
         known = int((accepted < self._whole).sum()) if self._whole else 0
         if known == len(accepted):
             return
-        self._spilling.add(layer)
-        self._spill.add(layer_tensor(layer, "tokens"), tokens[known:])
-        self._spill.add(layer_tensor(layer, "experts"), experts[known:])
+        self._spilling.add(place)
+        self._spill.add(place.tensor("tokens"), tokens[known:])
+        self._spill.add(place.tensor("experts"), experts[known:])
         self._take_wide(self._spill, seen, offered[accepted[known:]])
 
     def _take_wide(
@@ -159,42 +164,43 @@ class Recorder:
     ) -> None:
         for tensor in self._plan.wide:
             for name, values in tensor.compute(seen, chosen).items():
-                columns.add(layer_tensor(seen.layer.index, name), values.to(self._plan.dtype))
+                columns.add(Place.of(seen.layer).tensor(name), values.to(self._plan.dtype))
 
     def _write_candidates(self) -> None:
         if not self._spill.bytes:
             return
         file = f"candidates-{len(self._partial.groups):05d}-{len(self._spilled):03d}.safetensors"
-        layers = sorted(self._spilling)
+        layers = listed(self._spilling)
         self._spilled.append(
-            write_shard(self._partial.candidate_folder, file, self._spill.take(), layers=layers)
+            write_shard(self._partial.candidate_folder, file, self._spill.take(), **layers)
         )
         self._spilling.clear()
 
 
-def _reservoirs(plan: Plan, partial: Partial) -> dict[int, Reservoirs]:
+def _reservoirs(plan: Plan, partial: Partial) -> dict[Place, Reservoirs]:
     """The reservoirs of every layer as the complete groups left them."""
     found = {}
     for layer in plan.layers:
-        keys = expert_keys(plan.options.seed, layer.index, layer.num_experts)
-        found[layer.index] = one = Reservoirs(
+        place = Place.of(layer)
+        keys = expert_keys(plan.options.seed, place.number, layer.num_experts)
+        found[place] = one = Reservoirs(
             keys, plan.options.tokens_per_expert, layer.router_weight.device
         )
         for group in partial.groups if plan.wide else ():
-            _restore(one, layer.index, partial, group)
+            _restore(one, place, partial, group)
     return found
 
 
-def _restore(reservoirs: Reservoirs, layer: int, partial: Partial, group: Group) -> None:
+def _restore(reservoirs: Reservoirs, place: Place, partial: Partial, group: Group) -> None:
     for entry in group.shards:
         if entry["kind"] == "rows":
-            tokens = read_tensor(partial.folder, entry, layer_tensor(layer, "tokens"))
-            experts = read_tensor(partial.folder, group.shards[0], layer_tensor(layer, "experts"))
+            tokens = read_tensor(partial.folder, entry, place.tensor("tokens"))
+            experts = read_tensor(partial.folder, group.shards[0], place.tensor("experts"))
             reservoirs.offer(tokens, experts[: len(tokens)])
     for entry in group.candidates:
-        if layer in entry["layers"]:
+        if place.within(entry):
             tokens, experts = (
-                read_tensor(partial.candidate_folder, entry, layer_tensor(layer, name))
+                read_tensor(partial.candidate_folder, entry, place.tensor(name))
                 for name in ("tokens", "experts")
             )
             reservoirs.offer(tokens, experts)

@@ -34,7 +34,7 @@ def _shifted(z: Int64[Tensor, "*shape"], bits: int) -> Int64[Tensor, "*shape"]:
 
 
 def expert_keys(seed: int, layer: int, num_experts: int) -> Int64[Tensor, "experts"]:
-    """A key per expert of a layer."""
+    """A key per expert of a layer, which `Place.number` tells from all others."""
     key = splitmix64(torch.tensor(seed, dtype=torch.int64))
     key = splitmix64(key + layer)
     return splitmix64(key + torch.arange(num_experts))
@@ -45,8 +45,12 @@ def priorities(
     experts: Int[Tensor, "tokens top_k"],
     tokens: Int64[Tensor, "tokens"],
 ) -> Int64[Tensor, "tokens top_k"]:
-    """The random number in [0, 2^63) of each token for each of its experts; low ones are kept."""
-    return _shifted(splitmix64(keys[experts.long()] + tokens[:, None] * _GOLDEN), 1)
+    """The random number in [0, 2^63) of each token for each of its experts; low ones are kept.
+
+    A slot that no expert was used for (-1) has the highest number there is, which is never kept.
+    """
+    numbers = _shifted(splitmix64(keys[experts.long()] + tokens[:, None] * _GOLDEN), 1)
+    return numbers.masked_fill_(experts < 0, _NEVER)
 
 
 def lowest(

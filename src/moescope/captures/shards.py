@@ -14,8 +14,10 @@ from torch import Tensor
 from moescope.errors import CaptureError
 from moescope.runs import write_atomically
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the format; docs/capture-format.md describes it."""
+READABLE = (1, 2)
+"""Versions that can be read."""
 SHARD_BYTES = 1 << 27
 """A group of shards is written at the latest when it holds this much (128 MiB)."""
 SPILL_BYTES = 1 << 26
@@ -23,11 +25,6 @@ SPILL_BYTES = 1 << 26
 
 Entry = dict[str, Any]
 """A shard in the manifest: `file`, `bytes`, `sha256`, and what is in it."""
-
-
-def layer_tensor(layer: int, name: str) -> str:
-    """Name within a file of a tensor that belongs to a layer."""
-    return f"layer.{layer}.{name}"
 
 
 class Columns:
