@@ -1,14 +1,21 @@
 """Loads a mixture-of-experts model and makes sure that it is understood."""
 
 import sys
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from os import PathLike
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -18,7 +25,10 @@ from transformers.utils import logging
 from moescope.errors import ModelError, OptionError
 from moescope.models.checkpoint import Checkpoint, first_line, locate, weights
 from moescope.models.conformance import require_conformance
-from moescope.models.discover import moe_layers
+from moescope.models.discover import dense_layers, moe_layers
+from moescope.models.offload import all_parameters
+from moescope.models.ported import deepseek
+from moescope.models.quantised import is_quantised
 from moescope.models.view import MoEModel
 
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -31,7 +41,9 @@ def load(
     revision: str | None = None,
     dtype: str | torch.dtype = "auto",
     device_map: str | dict[str, Any] | None = None,
+    offload_folder: str | PathLike[str] | None = None,
     trust_remote_code: bool = False,
+    dense_as_experts: bool = False,
 ) -> MoEModel:
     """Load a mixture-of-experts model in evaluation mode, and prove that its parts add up.
 
@@ -41,8 +53,14 @@ def load(
         tokenizer: The same for the tokenizer; by default what lies beside the weights, if any.
         revision: Branch, tag, or commit, for a Hub id.
         dtype: "auto" (as saved), or the dtype to load in.
-        device_map: Passed to `from_pretrained`.
+        device_map: Passed to `from_pretrained`; a part that goes to the CPU beside a GPU, or to
+            "disk", is read layer by layer whenever it is needed (docs/big-models.md).
+        offload_folder: Where parts that go to disk are kept as long as the model lives, if their
+            form in the checkpoint is not that in memory (as with most experts); by default where
+            temporary files go.
         trust_remote_code: Whether Python files that come with the model may run.
+        dense_as_experts: Whether this is a dense model, to be seen as one expert per layer that
+            every token goes to, so that its feed-forward layers can be aligned.
 
     Raises:
         ModelError: The model cannot be found or read, is dense, has NaN or infinite weights, or
@@ -59,15 +77,15 @@ def load(
             )
         checkpoint, ready = None, model
     else:
+        deepseek.register()
         checkpoint = locate(model, revision=revision, code=trust_remote_code)
-        ready = _read_model(
-            checkpoint, _checked(dtype), device_map=device_map, trust_remote_code=trust_remote_code
-        )
+        options = {"device_map": device_map, "trust_remote_code": trust_remote_code}
+        ready = _read_and_offload(checkpoint, _checked(dtype), offload_folder, **options)
     ready.train(False)
     seen = MoEModel(
         model=ready,
         tokenizer=_tokenizer(tokenizer, checkpoint, trust_remote_code=trust_remote_code),
-        layers=moe_layers(ready),
+        layers=(dense_layers if dense_as_experts else moe_layers)(ready),
         name="in memory" if checkpoint is None else checkpoint.name,
         revision=None if checkpoint is None else checkpoint.revision,
     )
@@ -82,13 +100,29 @@ def _checked(dtype: str | torch.dtype) -> str | torch.dtype:
     return dtype
 
 
+def _read_and_offload(
+    checkpoint: Checkpoint,
+    dtype: str | torch.dtype,
+    folder: str | PathLike[str] | None,
+    **options: Any,
+) -> PreTrainedModel:
+    """Read a model; the folder with its weights on disk goes away when the model does."""
+    with ExitStack() as stack:
+        if options["device_map"] is not None:
+            room = TemporaryDirectory(prefix="moescope-offload-", dir=folder)
+            options["offload_folder"] = stack.enter_context(room)
+        model = _read_model(checkpoint, dtype, **options)
+        weakref.finalize(model, stack.pop_all().close)
+    return model
+
+
 def _read_model(
     checkpoint: Checkpoint, dtype: str | torch.dtype, **options: Any
 ) -> PreTrainedModel:
     weights(checkpoint)
     try:
         with _bars_on_terminals_only():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = _auto_class(checkpoint, options["trust_remote_code"]).from_pretrained(
                 checkpoint.folder,
                 dtype=dtype,
                 use_safetensors=True,
@@ -108,6 +142,18 @@ def _read_model(
             got=f"{len(missing)} missing, such as {', '.join(missing[:3])}",
         )
     return model
+
+
+def _auto_class(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
+    """What reads the model whole: encoder and decoder, or what it has besides text if need be."""
+    config = AutoConfig.from_pretrained(
+        checkpoint.folder, local_files_only=True, trust_remote_code=trust_remote_code
+    )
+    if config.is_encoder_decoder:
+        return AutoModelForSeq2SeqLM
+    of_text = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    sees_too = not of_text and type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING
+    return AutoModelForMultimodalLM if sees_too else AutoModelForCausalLM
 
 
 def _tokenizer(
@@ -148,18 +194,15 @@ def _require_finite(model: PreTrainedModel) -> None:
     Raises:
         ModelError: Names the parameter.
     """
-    for name, parameter in model.named_parameters():
+    for name, parameter in all_parameters(model):
         if parameter.is_meta:
-            raise ModelError(
-                f"the weights {name} are not in memory (offloaded, or never loaded)",
-                remedy="Choose a device_map that keeps all weights on devices",
-            )
-        if not parameter.is_floating_point() or parameter.numel() == 0:
+            raise ModelError(f"the weights {name} were never loaded")
+        if is_quantised(parameter) or parameter.numel() == 0:
             continue
         # The extremes carry NaN and infinity along, and take no memory to find.
-        low, high = parameter.detach().aminmax()
+        low, high = parameter.aminmax()
         if not (low.isfinite() and high.isfinite()):
-            broken = parameter.numel() - int(parameter.detach().isfinite().sum())
+            broken = parameter.numel() - int(parameter.isfinite().sum())
             raise ModelError(
                 f"the weights {name} are not all finite",
                 got=f"{broken} of {parameter.numel()} values are NaN or infinite",

@@ -29,36 +29,56 @@ def wrapped(module: nn.Module, wrapper: Callable[[Forward], Forward]) -> Iterato
 
 
 @contextmanager
-def masked_choice(router: nn.Module, num_experts: int, masked: Sequence[int]) -> Iterator[None]:
-    """Have a router choose as if the `masked` experts did not exist.
+def masked_choice(
+    block: nn.Module, router: nn.Module, num_experts: int, masked: Sequence[int]
+) -> Iterator[None]:
+    """Have the router of a block choose as if the `masked` experts did not exist.
 
     Within its forward pass their logits are as low as numbers go, and so are the biases by which
-    some routers choose. What the router says of the others stays what it is, up to a softmax over
-    all of them.
+    some routers choose, their own or their block's. What the router says of the others stays what
+    it is, up to a softmax over all of them.
     """
     chosen = list(masked)
-    per_expert = [
-        tensor
-        for tensor in chain(router.parameters(), router.buffers())
-        if tensor.shape == (num_experts,) and tensor.is_floating_point()
-    ]
 
-    def around(forward: Forward) -> Forward:
+    def low_logits(forward: Forward) -> Forward:
         def masking(*arguments: Any, **named: Any) -> Any:
-            with _LowLogits(num_experts, chosen):
+            with (
+                _LowLogits(num_experts, chosen),
+                _low_biases(router, num_experts, chosen),
+            ):
                 return forward(*arguments, **named)
 
         return masking
 
-    originals = [tensor.data for tensor in per_expert]
+    def low_biases(forward: Forward) -> Forward:
+        def masking(*arguments: Any, **named: Any) -> Any:
+            with _low_biases(block, num_experts, chosen, recurse=False):
+                return forward(*arguments, **named)
+
+        return masking
+
+    with wrapped(router, low_logits), wrapped(block, low_biases):
+        yield
+
+
+@contextmanager
+def _low_biases(
+    module: nn.Module, num_experts: int, masked: list[int], *, recurse: bool = True
+) -> Iterator[None]:
+    """During one pass only: parameters may change their places meanwhile."""
+    biases = [
+        tensor
+        for tensor in chain(module.parameters(recurse), module.buffers(recurse))
+        if tensor.numel() == tensor.shape[-1:].numel() == num_experts and tensor.is_floating_point()
+    ]
+    originals = [bias.data for bias in biases]
     try:
-        for tensor in per_expert:
-            tensor.data = tensor.data.index_fill(0, _indices(chosen, tensor), _lowest(tensor))
-        with wrapped(router, around):
-            yield
+        for bias in biases:
+            bias.data = bias.data.index_fill(-1, _indices(masked, bias), _lowest(bias))
+        yield
     finally:
-        for tensor, original in zip(per_expert, originals, strict=True):
-            tensor.data = original
+        for bias, original in zip(biases, originals, strict=True):
+            bias.data = original
 
 
 class _LowLogits(TorchFunctionMode):
@@ -70,7 +90,11 @@ class _LowLogits(TorchFunctionMode):
         self.masked = masked
 
     def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: Any = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         output = func(*args, **(kwargs or {}))
         if func is linear and output.shape[-1] == self.num_experts:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moescope.errors import ModelError, OptionError
 from moescope.experts.weights import ExpertWeights
+from moescope.models.offload import input_device, plain, state
 from moescope.models.patching import masked_choice
 
 Stack = Literal["decoder", "encoder"]
@@ -190,7 +191,10 @@ class MoELayer(ABC):
                     remedy="Its groups leave it no other choice: mask fewer experts of a group",
                 )
 
-        with masked_choice(self.router, self.num_experts, masked), self.on_routing(refuse):
+        with (
+            masked_choice(self.block, self.router, self.num_experts, masked),
+            self.on_routing(refuse),
+        ):
             yield
 
     def weigh(
@@ -293,7 +297,7 @@ class MoEModel:
     @property
     def device(self) -> torch.device:
         """Where inputs go."""
-        return torch.device(self.model.device)
+        return input_device(self.model)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -308,12 +312,11 @@ class MoEModel:
         Router weights count in full, of every other tensor an even sample of about 4,096 values.
         """
         digest = hashlib.sha256()
-        config = self.model.config.to_dict()
-        kept = {key: value for key, value in config.items() if key not in _NOT_THE_MODEL}
-        digest.update(json.dumps(kept, sort_keys=True, default=str).encode())
+        config = _about_the_model(self.model.config.to_dict())
+        digest.update(json.dumps(config, sort_keys=True, default=str).encode())
         for layer in self.layers:
             digest.update(_raw(layer.router_weight))
-        for name, tensor in sorted(self.model.state_dict().items()):
+        for name, tensor in state(self.model):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             stride = max(1, tensor.numel() // _SAMPLED_VALUES)
             digest.update(_raw(tensor.flatten()[::stride]))
@@ -347,8 +350,15 @@ class MoEModel:
         return f"<h3>{html.escape(self.name)}</h3><table>{rows}</table>"
 
 
+def _about_the_model(config: Any) -> Any:
+    """A configuration, and those nested in it, without what it says about saving."""
+    if not isinstance(config, dict):
+        return config
+    return {k: _about_the_model(v) for k, v in config.items() if k not in _NOT_THE_MODEL}
+
+
 def _raw(tensor: Tensor) -> bytes:
-    flat = tensor.detach().flatten().contiguous()
+    flat = plain(tensor).detach().flatten().contiguous()
     return flat.view(torch.uint8).cpu().numpy().tobytes()
 
 

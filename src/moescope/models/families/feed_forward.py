@@ -24,8 +24,8 @@ _PLAIN = [  # up, down
 
 
 def is_feed_forward(module: nn.Module) -> bool:
-    """Whether a module consists of the matrices of one, by names in use, and a nonlinearity."""
-    return _matrices(module) is not None and len(_nonlinearities(module)) == 1
+    """Whether a module is the matrices of one, by names in use, a nonlinearity, and no more."""
+    return _matrices(module) is not None and _nonlinearity(module) is not None
 
 
 def feed_forward_weights(module: nn.Module) -> ExpertWeights:
@@ -34,15 +34,15 @@ def feed_forward_weights(module: nn.Module) -> ExpertWeights:
     Raises:
         ModelError: Its nonlinearity is none that `ExpertWeights` can express, or it is not one.
     """
-    found = _matrices(module)
-    if found is None or not is_feed_forward(module):
+    found, nonlinearity = _matrices(module), _nonlinearity(module)
+    if found is None or nonlinearity is None:
         raise ModelError(
             f"{type(module).__name__} is no feed-forward network of a known kind",
             got=", ".join(name for name, _ in module.named_children()),
             expected=" or ".join(", ".join(names) for names in chain(_GATED, _PLAIN)),
         )
     *gate, up, down = [_linear(matrix) for matrix in found]
-    act = plain(nn.ModuleDict({"act_fn": _nonlinearities(module)[0]}))
+    act = plain(nn.ModuleDict({"act_fn": nonlinearity}))
     return ExpertWeights(
         gate[0][0] if gate else None,
         up[0],
@@ -67,12 +67,15 @@ def _matrices(module: nn.Module) -> list[nn.Module] | None:
     return None
 
 
-def _nonlinearities(module: nn.Module) -> list[nn.Module]:
-    return [
+def _nonlinearity(module: nn.Module) -> nn.Module | None:
+    """The only other child, dropout aside, if there is one and it has no parameters."""
+    others = [
         child
         for child in module.children()
-        if not isinstance(child, nn.Dropout) and next(child.parameters(), None) is None
+        if not isinstance(child, nn.Linear | Conv1D | nn.Dropout)
     ]
+    is_one = len(others) == 1 and next(others[0].parameters(), None) is None
+    return others[0] if is_one else None
 
 
 def _linear(module: nn.Module) -> tuple[Tensor, Tensor | None]:

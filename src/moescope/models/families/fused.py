@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from moescope.errors import ModelError
 from moescope.experts.weights import ExpertWeights
 from moescope.models.families.gating import Gating, gated, plain
+from moescope.models.families.probing import arguments_given, scale_of
 from moescope.models.families.shared import shared_experts
+from moescope.models.offload import resident
 from moescope.models.patching import Forward, wrapped
 from moescope.models.view import MoELayer, Replacement, Rerouting, Routing
 
@@ -20,14 +22,23 @@ ROUTERS = ("gate", "router")
 _TOKENS_AT_ONCE = 4096  # bounds what an expert holds in between
 
 
+def _rows(tensor: Tensor) -> int:
+    return len(tensor) if tensor.ndim == 2 else 0
+
+
 class FusedLayer(MoELayer):
     """`block.gate(x) -> (logits, weights, experts)`, `block.experts(x, experts, weights)`.
 
     The router is called `gate` or `router` and holds one matrix as wide as the model. The experts
     hold `gate_up_proj` (or `up_proj`) and `down_proj`, stacked, in the layout that transformers
-    notes on the module. What is called `shared_...` in the block is a shared expert, behind
-    `shared_..._gate` if there is one. Whether all this holds, conformance proves.
+    notes on the module. The block may multiply the sum of its experts by a number that it holds.
+    What is called `shared_...` in the block is a shared expert, behind `shared_..._gate` if there
+    is one. Whether all this holds, conformance proves.
     """
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._changes: list[Rerouting] = []
 
     @staticmethod
     def fits(block: nn.Module) -> bool:
@@ -60,21 +71,27 @@ class FusedLayer(MoELayer):
 
     @property
     def _router_map(self) -> tuple[Tensor, Tensor | None]:
+        turned = self._layout("is_transposed")
+        num_experts, *sides = self.experts.get_parameter("down_proj").shape
+        hidden_size = sides[1 if turned else 0]
         found = []
         for module in self.router.modules():
             own = dict(module.named_parameters(recurse=False))
-            bias = own.get("bias")
-            found += [
-                (tensor.detach(), None if bias is None else bias.detach())
-                for tensor in own.values()
-                if tensor.ndim == 2
-            ]
+            found += [(own[n], own.get("bias")) for n in own if _rows(own[n]) >= num_experts]
         if len(found) != 1:
             raise ModelError(
                 f"the router of layer {self.index} is more than one linear map",
                 got=f"{len(found)} matrices in {type(self.router).__name__}",
             )
-        return found[0]
+        weight, bias = found[0]
+        if weight.shape[1] != hidden_size:
+            raise ModelError(
+                f"the experts of layer {self.index} work in a space of their own",
+                got=f"experts of hidden size {hidden_size}, a router of {weight.shape[1]}",
+            )
+        # Rows beyond those of the experts are the router's word on shared experts.
+        routed = slice(num_experts)
+        return weight.detach()[routed], None if bias is None else bias.detach()[routed]
 
     @property
     def intermediate_size(self) -> int:
@@ -103,12 +120,25 @@ class FusedLayer(MoELayer):
         """What the experts module is called with: the inverse of `used_routing`."""
         return x, experts, weights
 
+    @cached_property
+    def output_scale(self) -> float:
+        """What the block multiplies the sum of its experts by: 1, or a number that it holds.
+
+        Routing weights are seen with this factor in them.
+        """
+        with resident(self.block):
+            shape = (1, 1, self.hidden_size)
+            zeros = torch.zeros(shape, dtype=self._dtype, device=self._device)
+            return scale_of(self.experts, self.block, zeros)
+
     @contextmanager
     def on_routing(self, seen: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
         """From what the experts module is called with."""
+        scale = self.output_scale
 
         def before(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-            seen(*self.used_routing(arguments))
+            experts, weights = self.used_routing(arguments)
+            seen(experts, weights * scale)
 
         handle = self.experts.register_forward_pre_hook(before)
         try:
@@ -117,9 +147,18 @@ class FusedLayer(MoELayer):
             handle.remove()
 
     def route(self, x: Float[Tensor, "tokens hidden"]) -> Routing:
-        """What the router returns for `x`."""
-        logits, weights, experts, *_ = self.router(x.to(self.router_weight))
-        return Routing(logits=logits, weights=weights, experts=experts)
+        """What the block has its router choose for `x`; it stops before the experts run."""
+        logits: list[Tensor] = []
+        handle = self.router.register_forward_hook(
+            lambda _, __, output: logits.append(self.router_logits(output))
+        )
+        rows = x.to(self._device, self._dtype)[None]
+        try:
+            arguments = arguments_given(self.experts, lambda: self.block.forward(rows))
+        finally:
+            handle.remove()
+        experts, weights = self.used_routing(arguments)
+        return Routing(logits=logits[0], weights=weights * self.output_scale, experts=experts)
 
     def expert_outputs(
         self, x: Float[Tensor, "tokens hidden"], experts: Sequence[int]
@@ -127,7 +166,7 @@ class FusedLayer(MoELayer):
         """By calling the experts module with one expert and weight 1."""
         self.check_experts(experts)
         forward = self.experts.forward
-        x = x.to(self._dtype)
+        x = x.to(self._device, self._dtype)
         outputs = x.new_empty(len(experts), *x.shape)
         for start in range(0, len(x), _TOKENS_AT_ONCE):
             tokens = slice(start, start + _TOKENS_AT_ONCE)
@@ -150,7 +189,10 @@ class FusedLayer(MoELayer):
             for name, tensor in tensors.items()
         }
         gating = self._gating
-        parts = {"down": matrices["down_proj"], "down_bias": matrices.get("down_proj_bias")}
+        parts = {
+            "down": matrices["down_proj"],
+            "down_bias": matrices.get("down_proj_bias"),
+        }
         if self._layout("has_gate"):
             parts["gate"], parts["up"] = gating.split(matrices["gate_up_proj"], dim=0)
             if "gate_up_proj_bias" in matrices:
@@ -203,9 +245,26 @@ class FusedLayer(MoELayer):
     @contextmanager
     def rerouting(self, change: Rerouting) -> Iterator[None]:
         """The arguments of the experts module are changed before anyone sees them."""
+        self._changes.append(change)
+        try:
+            if len(self._changes) > 1:  # the hook of the first sees to all
+                yield
+            else:
+                with self._rerouted():
+                    yield
+        finally:
+            self._changes.pop()
+
+    @contextmanager
+    def _rerouted(self) -> Iterator[None]:
+        scale = self.output_scale
 
         def before(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-            return self.experts_arguments(arguments[0], *change(*self.used_routing(arguments)))
+            experts, weights = self.used_routing(arguments)
+            weights = weights * scale
+            for change in self._changes:
+                experts, weights = change(experts, weights)
+            return self.experts_arguments(arguments[0], experts, weights / scale)
 
         handle = self.experts.register_forward_pre_hook(before, prepend=True)
         try:
@@ -221,7 +280,13 @@ class FusedLayer(MoELayer):
 
     @property
     def _dtype(self) -> torch.dtype:
-        return self.experts.get_parameter("down_proj").dtype
+        down = self.experts.get_parameter("down_proj")
+        # Quantised experts are given what the router is given.
+        return down.dtype if down.is_floating_point() else self.router_weight.dtype
+
+    @property
+    def _device(self) -> torch.device:
+        return self.experts.get_parameter("down_proj").device
 
     def _layout(self, name: str) -> bool:
         """What transformers notes on the module about the layout of its tensors."""

@@ -10,10 +10,8 @@ from torch import Tensor, nn
 from moescope.experts.weights import ExpertWeights
 from moescope.models.families.feed_forward import feed_forward_weights, is_feed_forward
 from moescope.models.families.rebuilt import RebuiltLayer
-from moescope.models.families.registry import register
 
 
-@register("MoeBlock")
 class ListedLayer(RebuiltLayer):
     """`block.gate(x) -> logits`, `block.experts[e](x)`; the block chooses by itself.
 

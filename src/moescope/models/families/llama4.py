@@ -1,20 +1,18 @@
 """Llama 4: the weight scales the input of the expert; every expert sees every token."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from moescope.experts.weights import ExpertWeights
-from moescope.models.families.gating import plain
-from moescope.models.families.rebuilt import RebuiltLayer
+from moescope.models.families.by_weights import ByWeightsLayer, named_nonlinearity
 from moescope.models.families.registry import register
 from moescope.models.view import Function
 
 
 @register("Llama4TextMoe")
-class Llama4Layer(RebuiltLayer):
+class Llama4Layer(ByWeightsLayer):
     """`router(x) -> (sigmoid(logits) of the chosen, 0 elsewhere, logits)`; `f(weight * x)`."""
 
     @property
@@ -66,23 +64,12 @@ class Llama4Layer(RebuiltLayer):
         """Flat, beside the logits."""
         return output, self.router_logits(router_output)
 
-    def expert_outputs(
-        self, x: Float[Tensor, "tokens hidden"], experts: Sequence[int]
-    ) -> Float[Tensor, "experts tokens hidden"]:
-        """From the tensors: the experts module would run all experts."""
-        weights = [self.expert_weights(expert) for expert in experts]
-        x = x.to(self._tensors["down_proj"])
-        outputs = x.new_empty(len(experts), *x.shape)
-        for row, expert in enumerate(weights):
-            outputs[row] = expert(x)
-        return outputs
-
     def expert_weights(self, expert: int) -> ExpertWeights:
         """Views of the fused tensors, which are transposed."""
         tensors = self.expert_tensors(expert)
         gate, up = tensors["gate_up_proj"].mT.chunk(2)
-        activation = plain(self.block.get_submodule("experts")).activation
-        return ExpertWeights(gate, up, tensors["down_proj"].mT, activation=activation)
+        act = named_nonlinearity(self.block.get_submodule("experts.act_fn"))
+        return ExpertWeights(gate, up, tensors["down_proj"].mT, activation=act)
 
     def expert_tensors(self, expert: int) -> dict[str, Tensor]:
         """Rows of the fused tensors."""

@@ -6,26 +6,44 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
+from moescope.errors import ConformanceError, ModelError
 from moescope.experts.weights import ExpertWeights
 from moescope.models.families.feed_forward import feed_forward_weights
+from moescope.models.families.probing import arguments_given
 from moescope.models.families.rebuilt import RebuiltLayer
 from moescope.models.families.registry import register
+from moescope.models.offload import resident
 
 
 @register("NllbMoeSparseMLP")
 class NllbMoeLayer(RebuiltLayer):
     """`router(x) -> (mask, weights [tokens, experts], logits)`, what the paper says they mean.
 
-    Costa-jussa et al. 2022 (arXiv 2207.04672), section 6.2: every token goes to the two experts
-    with the largest shares, each weighted by its share; expert output masking leaves, on average,
-    1 - `moe_token_dropout` of the outputs.
+    Every token goes to the two experts with the largest shares, weighted by their parts of the
+    sum of both. Expert output masking leaves, on average, 1 - `moe_token_dropout` of the outputs
+    (Costa-jussa et al. 2022, arXiv 2207.04672).
+
+    Raises:
+        ConformanceError: The block does not run the experts that its router chooses.
     """
 
-    known_fault = (
-        "transformers 5 takes the mask of chosen experts for their numbers, so that only experts "
-        "0 and 1 ever run: a fault of its NllbMoeExperts, without which this model would load"
-    )
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        experts, last = self.block.get_submodule("experts"), self.num_experts - 1
+        with resident(self.router):
+            token = self.router_weight.new_zeros(1, self.hidden_size)
+        mask = one_hot(torch.tensor([last], device=token.device), self.num_experts)
+        try:
+            arguments_given(self._expert(last), lambda: experts(token, mask, mask.to(token)))
+        except ModelError as error:
+            raise ConformanceError(
+                "this version of transformers takes the mask of chosen experts in NLLB-MoE for "
+                "their numbers, so that only experts 0 and 1 ever run",
+                got=f"expert {last} of {self.stack} layer {self.index} is chosen and does not run",
+                remedy="The model loads once NllbMoeExperts of transformers is mended",
+            ) from error
 
     @property
     def router(self) -> nn.Module:

@@ -98,7 +98,8 @@ class RebuiltLayer(MoELayer, ABC):
             shared = self.shared_output(rows)
             output = torch.zeros_like(rows) if shared is None else shared
             for expert in range(self.num_experts):
-                tokens, slots = torch.where(experts == expert)
+                # A slot of weight 0 is none, also where the weight goes into the function.
+                tokens, slots = torch.where((experts == expert) & (weights != 0))
                 new = self.weigh(self._function(expert), rows[tokens], weights[tokens, slots])
                 output = output.index_add(0, tokens, new.to(output))
             return self.block_output(output, x, router_output)
