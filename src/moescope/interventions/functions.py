@@ -1,0 +1,125 @@
+"""Interventions on what one expert computes: its parameters and the routing stay what they are.
+
+An expert computes `function(x)`. In most families the weight of the router scales what comes out;
+where it scales what goes in (Llama 4), x is the scaled input here too.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moescope.errors import OptionError
+from moescope.experts.adapter import Adapter
+from moescope.models.view import Function, MoELayer, Replacement
+
+Expert = tuple[MoELayer, int]
+"""A layer and the number of one of its experts."""
+
+_as_target: ContextVar[bool] = ContextVar("an expert is computed as a target", default=False)
+
+
+@contextmanager
+def substitute(source: Expert, target: Expert, adapter: Adapter | None = None) -> Iterator[None]:
+    """Have tokens that are routed to `source` computed by `target`: f_target(A(x)) (MoE Align).
+
+    The target is what its parameters say: if its own function is changed too, that is for the
+    tokens routed to it, so that two experts can stand in for each other. The source as target
+    keeps what was changed about it before.
+
+    Args:
+        source: Whose tokens.
+        target: Who computes them: any layer, also the source itself.
+        adapter: A, of the width of the model, on any device, in any dtype; its tensors may
+            require gradients. None for none.
+
+    Raises:
+        OptionError: There is no such expert, or widths do not fit.
+    """
+    layer, number = target
+    layer.check_experts([number])
+    if layer.hidden_size != source[0].hidden_size:
+        raise OptionError(
+            "source and target are not of the same width",
+            got=layer.hidden_size,
+            expected=source[0].hidden_size,
+        )
+    adapt = _adapting(adapter, layer.hidden_size)
+    if source[0] is layer and source[1] == number:
+        function: Replacement = lambda before, x: before(adapt(x))  # noqa: E731
+    else:
+        function = lambda _, x: _own_outputs(target, adapt(x))  # noqa: E731
+    with _changed(source, function):
+        yield
+
+
+def insert_adapter(expert: Expert, adapter: Adapter) -> AbstractContextManager[None]:
+    """Have an expert compute f(A(x)).
+
+    Raises:
+        OptionError: There is no such expert, or the adapter is not of the width of the model.
+    """
+    return substitute(expert, expert, adapter)
+
+
+def scale_expert(expert: Expert, factor: float) -> AbstractContextManager[None]:
+    """Have an expert compute factor * f(x).
+
+    Raises:
+        OptionError: There is no such expert.
+    """
+    return _changed(expert, lambda function, x: factor * function(x))
+
+
+@contextmanager
+def replace_output(expert: Expert, value: Float[Tensor, " hidden"] | float) -> Iterator[None]:
+    """Have an expert compute the same for all tokens: its mean (mean ablation), or 0.
+
+    Args:
+        expert: The expert.
+        value: What it computes, before the weight of the router; a number for all dimensions.
+
+    Raises:
+        OptionError: There is no such expert, or the value is not of the width of the model.
+    """
+    width = expert[0].hidden_size
+    if isinstance(value, Tensor) and value.shape != (width,):
+        raise OptionError("the value does not fit", got=tuple(value.shape), expected=(width,))
+
+    fixed = torch.as_tensor(value)
+    with _changed(expert, lambda _, x: fixed.to(x).expand_as(x)):
+        yield
+
+
+def _changed(expert: Expert, function: Replacement) -> AbstractContextManager[None]:
+    """The expert computes something else, unless it is the target of a substitution."""
+    layer, number = expert
+    return layer.replacing(
+        number, lambda before, x: before(x) if _as_target.get() else function(before, x)
+    )
+
+
+def _own_outputs(
+    expert: Expert, x: Float[Tensor, "tokens hidden"]
+) -> Float[Tensor, "tokens hidden"]:
+    """What the parameters of an expert make of x, whatever else is done in its place."""
+    layer, number = expert
+    token = _as_target.set(True)
+    try:
+        return layer.expert_outputs(x, [number])[0]
+    finally:
+        _as_target.reset(token)
+
+
+def _adapting(adapter: Adapter | None, width: int) -> Function:
+    """The adapter as a function of inputs of any dtype on any device."""
+    if adapter is None or not adapter.tensors():
+        return lambda x: x
+    shift = adapter.tensors()["shift"]
+    if len(shift) != width:
+        raise OptionError("the adapter does not fit the model", got=len(shift), expected=width)
+    # What is trained meanwhile must be moved at every call.
+    return lambda x: adapter.to(device=x.device)(x.to(shift.dtype)).to(x.dtype)
