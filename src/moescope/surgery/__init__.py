@@ -1,0 +1,1 @@
+"""Changes that stay, and that `save_pretrained` saves."""
