@@ -1,4 +1,4 @@
-"""Write the pages that are generated from the code: commands and analyses.
+"""Write the pages that are generated from the code: commands, analyses and model families.
 
 python docs/generate.py            # write them
 python docs/generate.py --check    # fail if one is out of date
@@ -12,6 +12,8 @@ from pathlib import Path
 
 os.environ |= {"COLUMNS": "96", "NO_COLOR": "1", "TERM": "dumb"}
 
+from families_page import families_page
+from interventions_page import interventions_page
 from moescope.analyses.registry import all_analyses
 from moescope.cli import commands, main
 
@@ -46,7 +48,13 @@ def analyses_page() -> str:
 
 def run(check: bool) -> int:
     stale = []
-    for name, page in (("cli.md", cli_page()), ("analyses.md", analyses_page())):
+    pages = {
+        "cli.md": cli_page(),
+        "analyses.md": analyses_page(),
+        "families.md": NOTE + families_page(),
+        "interventions.md": NOTE + interventions_page(),
+    }
+    for name, page in pages.items():
         path = DOCS / name
         if check and (not path.exists() or path.read_text(encoding="utf-8") != page):
             stale.append(name)

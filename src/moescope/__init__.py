@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moescope import evaluate as evaluate
     from moescope.alignment.capacity import capacity_curve
     from moescope.alignment.fit import AlignmentResult, fit
     from moescope.alignment.learning import learning_curve
@@ -60,6 +61,7 @@ _HOMES = {
     "routing": "analyses.routing",
     "study": "scheduler",
 }
+_ROOMS = ("evaluate",)  # opened by name, such as `moescope.evaluate.loss`
 
 __all__ = [
     "Adapter",
@@ -93,6 +95,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return import_module(f"moescope.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'moescope' has no attribute {name!r}")
     value = getattr(import_module(f"moescope.{_HOMES[name]}"), name)
@@ -101,4 +105,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return [*__all__, *_ROOMS]

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,6 +35,25 @@ CorpusArguments = Annotated[
         "corpus if left out.",
     ),
 ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """How a checkpoint is read."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a Hub model."""
+    dtype: Annotated[str, tyro.conf.arg(name="model-dtype")] = "auto"
+    """auto (as saved), bfloat16, float16, float32 or float64."""
+    device_map: str | None = None
+    """Where the weights go, such as `cuda` or `auto`; the processor if left out."""
+    trust_remote_code: bool = False
+    """Run Python files that come with the model."""
+    dense_as_experts: bool = False
+    """See a dense model as one expert per layer."""
+
+
+Loading = OmitArgPrefixes[ModelOptions]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,15 +99,16 @@ def demo_command(out: Path = Path("moescope-demo"), as_json: Json = False) -> No
 
 
 def inspect_command(
-    model: Positional[str], revision: str | None = None, as_json: Json = False
+    model: Positional[str],
+    loading: Loading = ModelOptions(),
+    as_json: Json = False,
 ) -> None:
     """Load a model and show its layers, and that every block can be rebuilt from its parts.
 
     Args:
         model: Hub id, local folder, or the name of a shipped model.
-        revision: Branch, tag or commit of a Hub model.
     """
-    opened = load(model, revision=revision)
+    opened = load(model, **vars(loading))
     table = inspect(opened)
     if as_json:
         print(to_json({"model": opened.name, "layers": table.to_dict("records")}))
@@ -101,7 +121,7 @@ def study_command(
     out: Path,
     config: Path | None = None,
     corpus: CorpusArguments = (),
-    revision: str | None = None,
+    loading: Loading = ModelOptions(),
     dry_run: bool = False,
     as_json: Json = False,
 ) -> None:
@@ -111,13 +131,12 @@ def study_command(
         model: Hub id, local folder, or the name of a shipped model.
         out: Run folder.
         config: YAML file with any of `corpus`, `packing`, `capture` and `analyses`.
-        revision: Branch, tag or commit of a Hub model.
         dry_run: Only print the plan with estimated time, disk and memory.
     """
     settings = build(StudyConfig, read_yaml(config) if config else {}, str(config))
     if corpus:
         settings = replace(settings, corpus=_sources(corpus))
-    opened = load(model, revision=revision)
+    opened = load(model, **vars(loading))
     if dry_run:
         planned = plan(opened, out, settings)
         print(to_json(planned.as_dict()) if as_json else planned)
@@ -151,7 +170,7 @@ def capture_command(
     corpus: CorpusArguments = (),
     packing: Packing = Packing(),  # noqa: B008
     options: OmitArgPrefixes[CaptureOptions] = CaptureOptions(),  # noqa: B008
-    revision: str | None = None,
+    loading: Loading = ModelOptions(),
     as_json: Json = False,
 ) -> None:
     """Record one forward pass over a corpus: routing of every token, wide tensors of a sample.
@@ -159,9 +178,8 @@ def capture_command(
     Args:
         model: Hub id, local folder, or the name of a shipped model.
         out: Run folder.
-        revision: Branch, tag or commit of a Hub model.
     """
-    opened = load(model, revision=revision)
+    opened = load(model, **vars(loading))
     recorded = capture(opened, open_corpus(_sources(corpus), packing), out, **vars(options))
     print(to_json(recorded.manifest) if as_json else recorded)
 

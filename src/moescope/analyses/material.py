@@ -53,4 +53,10 @@ class Material:
                 f"{self.run.path} was captured from a model in memory",
                 remedy="Pass it: `moescope.align(run, model=model, ...)`",
             )
-        return load(self.capture.model_name, revision=self.capture.model_revision)
+        told = self.capture.manifest
+        return load(
+            self.capture.model_name,
+            revision=self.capture.model_revision,
+            dtype=told["model"]["dtype"],
+            dense_as_experts=all(layer["family"] == "dense" for layer in told["layers"]),
+        )
