@@ -31,6 +31,16 @@ def test_inspect_shows_every_layer_and_its_conformance(capsys):
     assert "qwen2_moe" in capsys.readouterr().out
 
 
+def test_evaluate_shows_losses_by_domain(capsys):
+    corpus = ["--packing.max-tokens", "3000"]
+    assert main(["evaluate", "tiny", *corpus, "--json"]) == 0
+    losses = {row["domain"]: row for row in json.loads(capsys.readouterr().out)["losses"]}
+    assert set(losses) == {"all", "encyclopedia", "maths", "code", "french"}
+    assert all(0 < row["loss"] < 8 and row["n_tokens"] > 0 for row in losses.values())
+    assert main(["evaluate", "tiny", *corpus, "--model-dtype", "float32"]) == 0
+    assert "perplexity" in capsys.readouterr().out
+
+
 def test_analyses_run_from_the_command_line_and_a_report_follows(run_folder, capsys):
     assert main(["routing", str(run_folder), "--permutations", "50", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)

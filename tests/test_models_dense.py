@@ -87,7 +87,7 @@ def tokens():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("family", _ZOO.keys() - UNKNOWN)
+@pytest.mark.parametrize("family", sorted(_ZOO.keys() - UNKNOWN))
 def test_every_feed_forward_layer_is_one_expert_that_conforms(family, dtype):
     model = load(build(family).to(dtype), dense_as_experts=True)
     mask = torch.ones_like(tokens())
@@ -101,7 +101,7 @@ def test_every_feed_forward_layer_is_one_expert_that_conforms(family, dtype):
         assert (layer.hidden_size, layer.intermediate_size) == (16, 24)
 
 
-@pytest.mark.parametrize("family", UNKNOWN)
+@pytest.mark.parametrize("family", sorted(UNKNOWN))
 def test_feed_forward_layers_that_are_no_single_module_are_refused(family):
     with pytest.raises(ModelError, match="feed-forward layers"):
         load(build(family), dense_as_experts=True)

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from moescope.alignment.pairs import fit_pairs
     from moescope.alignment.samples import Samples
     from moescope.analyses.align import align
+    from moescope.analyses.ensemble import ensemble
     from moescope.analyses.routing import routing
+    from moescope.analyses.topk import topk
     from moescope.captures.read import Capture
     from moescope.captures.record import capture
     from moescope.corpora.corpus import Corpus
@@ -51,6 +53,7 @@ _HOMES = {
     "capacity_curve": "alignment.capacity",
     "capture": "captures.record",
     "conformance": "models.conformance",
+    "ensemble": "analyses.ensemble",
     "fit": "alignment.fit",
     "fit_pairs": "alignment.pairs",
     "inspect": "models.inspection",
@@ -60,6 +63,7 @@ _HOMES = {
     "reproduce": "reproduction",
     "routing": "analyses.routing",
     "study": "scheduler",
+    "topk": "analyses.topk",
 }
 _ROOMS = ("evaluate",)  # opened by name, such as `moescope.evaluate.loss`
 
@@ -82,6 +86,7 @@ __all__ = [
     "capacity_curve",
     "capture",
     "conformance",
+    "ensemble",
     "fit",
     "fit_pairs",
     "inspect",
@@ -91,6 +96,7 @@ __all__ = [
     "reproduce",
     "routing",
     "study",
+    "topk",
 ]
 
 

@@ -10,6 +10,7 @@ import tyro
 from tyro.conf import OmitArgPrefixes, Positional
 from tyro.extras import subcommand_cli_from_dict
 
+from moescope import evaluate
 from moescope.analyses.material import Material
 from moescope.analyses.registry import Analysis, all_analyses
 from moescope.captures.options import CaptureOptions
@@ -84,6 +85,7 @@ def commands() -> dict[str, Callable[..., None]]:
         "study": study_command,
         "reproduce": reproduce_command,
         "capture": capture_command,
+        "evaluate": evaluate_command,
         "report": report_command,
     }
     return fixed | {name: _command_of(entry) for name, entry in all_analyses().items()}
@@ -182,6 +184,26 @@ def capture_command(
     opened = load(model, **vars(loading))
     recorded = capture(opened, open_corpus(_sources(corpus), packing), out, **vars(options))
     print(to_json(recorded.manifest) if as_json else recorded)
+
+
+def evaluate_command(
+    model: Positional[str],
+    corpus: CorpusArguments = (),
+    packing: Packing = Packing(),  # noqa: B008
+    loading: Loading = ModelOptions(),
+    as_json: Json = False,
+) -> None:
+    """Loss and perplexity of a model by domain, with intervals over documents.
+
+    Args:
+        model: Hub id, local folder, or the name of a shipped model.
+    """
+    opened = load(model, **vars(loading))
+    table = evaluate.loss(opened, open_corpus(_sources(corpus), packing))
+    if as_json:
+        print(to_json({"model": opened.name, "losses": table.to_dict("records")}))
+    else:
+        print(opened.name, table.to_string(index=False, float_format="%.4g"), sep="\n\n")
 
 
 def report_command(run: Positional[Path], as_json: Json = False) -> None:

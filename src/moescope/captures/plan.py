@@ -100,8 +100,8 @@ class Plan:
                 "revision": self.model.revision,
                 "class": type(self.model.model).__name__,
                 "model_type": config.model_type,
-                "vocab_size": config.vocab_size,
-                "num_hidden_layers": config.num_hidden_layers,
+                "vocab_size": config.get_text_config().vocab_size,
+                "num_hidden_layers": config.get_text_config().num_hidden_layers,
             },
             "domains": self.corpus.domains,
             "layers": [

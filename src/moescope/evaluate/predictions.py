@@ -61,8 +61,18 @@ class Targets:
 
 
 def forward(model: MoEModel, batch: Batch) -> Float[Tensor, "positions vocabulary"]:
-    """Logits at all positions of a batch, in the dtype of the model."""
+    """Logits at all positions of a batch, in the dtype of the model.
+
+    Raises:
+        ModelError: The model has no language-model head.
+    """
     output = model.forward(batch.input_ids, batch.attention_mask, head=True)
+    if "logits" not in output:
+        raise ModelError(
+            f"the model {model.name!r} predicts no tokens",
+            got=f"a {type(model.model).__name__}",
+            expected="a model with a language-model head",
+        )
     logits: Tensor = output.logits.flatten(0, 1)
     return logits
 

@@ -1,0 +1,82 @@
+"""What fewer experts per token save: parameters that a token meets, and time."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+
+import pandas as pd
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from moescope.analyses.topk_options import TopkOptions, run_of, settings_of
+from moescope.evaluate.timing import speed
+from moescope.models.view import MoELayer, MoEModel
+
+_COLUMNS = [
+    "active_parameters",
+    "parameters",
+    "seconds_per_token",
+    "seconds_per_token_low",
+    "seconds_per_token_high",
+    "ratio",
+    "repeats",
+    "device",
+    "dtype",
+    "threads",
+    "seed",
+]
+
+
+def cost_table(model: MoEModel, ks: Sequence[int], length: int, seed: int) -> pd.DataFrame:
+    """Active parameters and speed of reading a text for each number of experts per token.
+
+    Unlike in `set_top_k`, experts that are left out are not computed: what is timed is a model
+    that uses k experts, with the small cost of finding them among those that the router chose.
+    The weights of all experts stay in memory.
+
+    Args:
+        model: The model.
+        ks: Experts per token, of all layers at once; the largest is what the model uses.
+        length: Tokens per row of a timed pass.
+        seed: Of these tokens.
+
+    Returns:
+        k, and what `evaluate.speed` says; `ratio` is of the time of the model as it is.
+    """
+    *fewer, most = sorted(ks)
+    table = speed(
+        model,
+        {str(k): partial(_calling, model.layers, k) for k in fewer},
+        length=length,
+        seed=seed,
+    )
+    found = table[_COLUMNS].assign(tokens_per_pass=table["tokens"])
+    found.insert(0, "k", [most, *fewer])
+    return found.sort_values("k", ignore_index=True)
+
+
+@contextmanager
+def _calling(layers: Sequence[MoELayer], k: int) -> Iterator[None]:
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(layer.rerouting(partial(_largest, min(k, layer.top_k))))
+        yield
+
+
+def _largest(
+    k: int, experts: Int64[Tensor, "tokens top_k"], weights: Float[Tensor, "tokens top_k"]
+) -> tuple[Int64[Tensor, "tokens k"], Float[Tensor, "tokens k"]]:
+    """Fewer slots than the router filled, so that nothing else is computed."""
+    chosen = weights.topk(k, dim=1).indices
+    return experts.gather(1, chosen), weights.gather(1, chosen)
+
+
+def operations(model: MoEModel, options: TopkOptions) -> float:
+    """Floating-point operations of all passes over the text."""
+    total = sum(parameter.numel() for parameter in model.model.parameters())
+    idle = sum(
+        (layer.num_experts - layer.top_k) * 3 * layer.hidden_size * layer.intermediate_size
+        for layer in model.layers
+    )
+    runs = {None, *(run_of(model, setting) for setting in settings_of(model, options))}
+    return 2.0 * (total - idle) * options.tokens * len(runs)
