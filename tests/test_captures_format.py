@@ -213,6 +213,7 @@ def test_manifest(folder):
                 "top_k": 1,
                 "hidden_size": 2,
                 "intermediate_size": 1,
+                "weighs_inputs": False,
                 "unused_slots": 0,
             }
         ],

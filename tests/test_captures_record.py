@@ -2,6 +2,7 @@ import pytest
 import torch
 
 import captures_zoo as zoo
+import deviants_zoo
 import models_zoo
 from moescope.captures import read, recorder
 from moescope.captures.partial import PARTIAL
@@ -12,6 +13,8 @@ from moescope.captures.shards import read_tensor
 from moescope.corpora.corpus import Corpus
 from moescope.corpora.packing import Packing
 from moescope.errors import CaptureError, OptionError
+from moescope.interventions.choice import set_top_k
+from moescope.models.load import load
 from moescope.progress import track
 
 WIDE = ("inputs", "residual", "shared_output")
@@ -361,3 +364,26 @@ def test_a_capture_opens_by_its_run_folder(done):
 def test_progress_is_silent_without_a_terminal(capsys):
     assert list(track(range(3), "counting", total=3)) == [0, 1, 2]
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_changed_model_is_not_captured(tmp_path):
+    changed = zoo.model()
+    with set_top_k(changed.layers, 1), pytest.raises(CaptureError, match="changed by an interv"):
+        zoo.record(tmp_path, changed)
+    assert not any(tmp_path.iterdir())
+    zoo.record(tmp_path, changed)
+
+
+def test_samples_of_experts_whose_inputs_are_weighed(tmp_path):
+    model = load(deviants_zoo.DEVIANTS["llama4_text"]())
+    recorded = zoo.record(tmp_path, model, record=("routing", "inputs"))
+    layer = model.layers[0].index
+    weights, experts = recorded.routing(layer).weights, recorded.routing(layer).experts
+    whole = recorded.inputs(layer)
+    plain = dict(zip(whole.tokens.tolist(), whole.values, strict=True))
+    sample = recorded.expert_samples(layer, [0, 1])
+    assert len(sample[0].tokens) > 3
+    for expert, found in sample.items():
+        for token, value in zip(found.tokens.tolist(), found.values, strict=True):
+            slot = experts[token].tolist().index(expert)
+            torch.testing.assert_close(value, plain[token] * weights[token, slot])

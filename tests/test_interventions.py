@@ -339,3 +339,15 @@ def test_blocks_in_different_memory_are_refused():
     there.model.to("meta")
     with pytest.raises(ModelError, match="cpu, meta"):
         change.swap_blocks(mixtral().layers[0], there.layers[0]).__enter__()
+
+
+@both_kinds
+def test_outputs_of_an_expert_are_those_of_its_parameters(kind):
+    model = loaded(kind)
+    layer = model.layers[0]
+    x = torch.randn(5, layer.hidden_size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = layer.expert_outputs(x, [3])
+        with change.scale_expert((layer, 3), 2.0), change.replace_output((layer, 3), 7.0):
+            assert torch.equal(layer.expert_outputs(x, [3]), before)
+        assert torch.equal(layer.expert_outputs(x, [3]), before)

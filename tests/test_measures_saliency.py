@@ -138,3 +138,10 @@ def test_of_a_trained_model_from_what_its_router_used():
     found = Saliency.of(routing.experts, routing.weights, norms, layer.num_experts)
     expected = written_out(x, routing.experts, routing.weights, outputs, layer.num_experts)
     assert_same(found, expected)
+
+
+def test_a_slot_of_weight_zero_is_no_use():
+    experts, weights = torch.tensor([[0, 1], [0, 2]]), torch.tensor([[0.5, 0.0], [1.0, 0.5]])
+    found = Saliency.of(experts, weights, torch.ones(2, 2), 3)
+    assert found.frequency.tolist() == [2, 0, 1]
+    assert found.reap.tolist() == [0.75, 0.0, 0.5]

@@ -176,3 +176,21 @@ def test_only_the_chosen_layers_and_every_pass():
         model.model(input_ids=ids())
         model.model(input_ids=ids()[:1, :2])
     assert [(o.layer.index, len(o.input)) for o in seen] == [(2, ROWS * LENGTH), (2, 2)]
+
+
+def test_what_a_callback_asks_of_a_layer_is_not_seen_by_other_observers():
+    model = load(build("deepseek_v3"))
+    seen, alone = [], []
+
+    def ask(observation):
+        observation.layer.route(observation.input[:1])
+        assert observation.layer.top_k == TOP_K
+
+    with torch.no_grad():
+        with observe(model.layers, alone.append):
+            model.model(input_ids=ids())
+        with observe(model.layers, ask), observe(model.layers, seen.append):
+            model.model(input_ids=ids())
+    for one, other in zip(alone, seen, strict=True):
+        assert torch.equal(one.routing.experts, other.routing.experts)
+        assert torch.equal(one.routing.logits, other.routing.logits)

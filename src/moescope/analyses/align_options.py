@@ -127,7 +127,10 @@ def layer_pairs(model: MoEModel, options: AlignOptions) -> list[LayerPair]:
     if options.source:
         pairs = [LayerPair(*pair) for pair in zip(options.source, options.target, strict=True)]
     else:
-        pairs = [LayerPair(a.index, b.index) for a, b in pairwise(model.layers)]
+        pairs = [
+            LayerPair(a.index, b.index)
+            for a, b in pairwise(la for la in model.layers if la.stack == "decoder")
+        ]
     for layer in {layer for pair in pairs for layer in pair}:
         model.layer(layer)
     if not pairs:

@@ -202,7 +202,10 @@ def _use_findings(layers: list[LayerRouting]) -> list[Finding]:
         part.layer: float(measures.entropy_bits(used) / np.log2(len(used)))
         for part in layers
         for used in [part.counts.sum(0)]
+        if len(used) > 1
     }
+    if not evenness:
+        return [Finding(text="One expert per layer takes all tokens: there is no choice.")]
     unused = sum(int((part.counts.sum(0) == 0).sum()) for part in layers)
     least = min(evenness, key=lambda layer: evenness[layer])
     total = sum(part.counts.shape[1] for part in layers)

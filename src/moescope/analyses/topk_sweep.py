@@ -3,15 +3,18 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
-import torch
-from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from moescope.analyses.topk_options import Setting, restricted_layers, run_of
 from moescope.corpora.corpus import Corpus
 from moescope.corpora.packing import Batch
-from moescope.evaluate.predictions import Targets, evaluating, forward, require_decoder_only
+from moescope.evaluate.predictions import (
+    Targets,
+    evaluating,
+    forward,
+    losses,
+    require_decoder_only,
+)
 from moescope.evaluate.totals import Totals
 from moescope.interventions.choice import set_top_k
 from moescope.models.view import MoEModel
@@ -47,9 +50,9 @@ def _run_batch(model: MoEModel, batch: Batch, totals: Mapping[Setting | None, To
         with _restricted(model, run):
             logits = forward(model, batch)
         targets = Targets.of(batch, logits.device)
-        losses = _losses(logits, targets)
-        baseline = losses if baseline is None else baseline
-        total.add(targets, {"loss": losses, "difference": losses - baseline})
+        found = losses(logits, targets)
+        baseline = found if baseline is None else baseline
+        total.add(targets, {"loss": found, "difference": found - baseline})
 
 
 @contextmanager
@@ -60,14 +63,3 @@ def _restricted(model: MoEModel, setting: Setting | None) -> Iterator[None]:
                 k = min(setting.k, layer.top_k)
                 stack.enter_context(set_top_k(layer, k, setting.weights))
         yield
-
-
-def _losses(
-    logits: Float[Tensor, "positions vocabulary"], targets: Targets
-) -> Float[Tensor, " counted"]:
-    """Negative log-likelihood of each target, in nats."""
-    parts = [
-        cross_entropy(logits[positions].float(), ids, reduction="none")
-        for positions, ids in targets.chunks(logits.shape[1])
-    ]
-    return torch.cat(parts)

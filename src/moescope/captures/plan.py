@@ -12,6 +12,7 @@ from moescope.captures.registry import BlockTensor, LogitsTensor, recordable
 from moescope.corpora.corpus import Corpus
 from moescope.corpora.tokens import tokenizer_sha256
 from moescope.errors import CaptureError
+from moescope.models.patching import is_changed
 from moescope.models.view import MoELayer, MoEModel
 
 
@@ -42,6 +43,11 @@ class Plan:
             CaptureError: An unknown tensor, or one that a layer does not have.
             OptionError: A layer that is dense or does not exist.
         """
+        if is_changed(model.model):
+            raise CaptureError(
+                f"{model.name} is changed by an intervention, which a capture cannot say",
+                remedy="Capture outside of it; `observe` sees the changed model",
+            )
         names = list(dict.fromkeys(("routing", *options.record)))
         tensors = [recordable(name) for name in names]
         blocks = [tensor for tensor in tensors if isinstance(tensor, BlockTensor)]
@@ -113,6 +119,7 @@ class Plan:
                     "top_k": layer.top_k,
                     "hidden_size": layer.hidden_size,
                     "intermediate_size": layer.intermediate_size,
+                    "weighs_inputs": layer.weighs_inputs,
                     "unused_slots": unused_slots[str(Place.of(layer))],
                 }
                 for layer in self.layers

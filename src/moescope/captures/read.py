@@ -258,7 +258,7 @@ class Capture:
         return torch.cat(
             [
                 (experts == expert).any(1).nonzero()[:, 0] + first
-                for first, experts in self._experts_shards(layer)
+                for first, experts in self._routing_shards(layer, "experts")
             ]
         )
 
@@ -274,6 +274,8 @@ class Capture:
     def expert_samples(self, layer: int, experts: Sequence[int]) -> dict[int, Recorded]:
         """Inputs of the tokens in the own samples of several experts; reads the layer once.
 
+        Where the router's weight scales the input of an expert (Llama 4), so are these.
+
         An expert's sample is uniform without replacement over all tokens of the capture that
         were routed to it: `tokens_per_expert` of them, or all if there are fewer. Other recorded
         tokens are left out, be they in the whole rows or chosen by another of their experts:
@@ -287,32 +289,38 @@ class Capture:
             self._require_expert(layer, expert)
         self._require_samples()
         recorded = self.inputs(layer)
-        used = self._experts_at(layer, recorded.tokens)
+        used = self._routing_at(layer, "experts", recorded.tokens).long()
         position, slot = torch.isin(used, torch.tensor(experts)).nonzero(as_tuple=True)
         number = Place(self.stack, layer).number
         keys = expert_keys(self.seed, number, self.layer_facts(layer)["num_experts"])
         numbers = priorities(keys, used, recorded.tokens)[position, slot]
         chosen = lowest(used[position, slot], numbers, torch.full_like(keys, self._per_expert))
-        owner, position = used[position, slot][chosen], position[chosen]
-        samples = {expert: position[owner == expert].sort().values for expert in experts}
-        return {e: Recorded(recorded.tokens[s], recorded.values[s]) for e, s in samples.items()}
+        position, slot = position[chosen], slot[chosen]
+        ascending = position.argsort()
+        position, slot = position[ascending], slot[ascending]
+        tokens, values = recorded.tokens[position], recorded.values[position]
+        if self.layer_facts(layer).get("weighs_inputs", False):
+            weights = self._routing_at(layer, "weights", recorded.tokens)[position, slot]
+            values = (values * weights[:, None]).to(values)
+        own = {expert: used[position, slot] == expert for expert in experts}
+        return {expert: Recorded(tokens[mine], values[mine]) for expert, mine in own.items()}
 
     @property
     def _per_expert(self) -> int:
         return int(self.manifest["options"]["tokens_per_expert"])
 
-    def _experts_shards(self, layer: int) -> Iterator[tuple[int, Tensor]]:
-        """First token and int16 experts [tokens, top_k] of every shard."""
+    def _routing_shards(self, layer: int, name: str) -> Iterator[tuple[int, Tensor]]:
+        """First token, and int16 experts or fp32 weights [tokens, top_k], of every shard."""
         for entry in self._shards("tokens"):
-            name = self._tensor(layer, "experts")
-            yield entry["first_token"], read_tensor(self.folder, entry, name)
+            tensor = read_tensor(self.folder, entry, self._tensor(layer, name))
+            yield entry["first_token"], tensor
 
-    def _experts_at(self, layer: int, tokens: Int64[Tensor, "some"]) -> Int64[Tensor, "some top_k"]:
-        """Experts of some tokens, which ascend; holds one shard at a time."""
+    def _routing_at(self, layer: int, name: str, tokens: Int64[Tensor, "some"]) -> Tensor:
+        """Experts or weights [some, top_k] of some tokens, which ascend; one shard at a time."""
         parts = []
-        for first, experts in self._experts_shards(layer):
-            here = (tokens >= first) & (tokens < first + len(experts))
-            parts.append(experts[tokens[here] - first].long())
+        for first, values in self._routing_shards(layer, name):
+            here = (tokens >= first) & (tokens < first + len(values))
+            parts.append(values[tokens[here] - first])
         return torch.cat(parts)
 
     @cached_property

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 import torch
 
@@ -97,7 +96,7 @@ def _forward_all(plan: Plan, partial: Partial, recorder: Recorder) -> None:
     batches = plan.corpus.batches(plan.model.tokenizer)
     with (
         torch.inference_mode(),
-        _evaluating(plan.model),
+        plan.model.evaluating(),
         observe(plan.layers, recorder.observe, residual=residual),
     ):
         for batch in track(_remaining(batches, partial), "capture: batches"):
@@ -118,16 +117,6 @@ def _forward(plan: Plan, batch: Batch, recorder: Recorder) -> None:
         on = output.logits.device
         values = tensor.compute(output.logits, input_ids.to(on), attention_mask.to(on))
         recorder.per_token(tensor.name, values)
-
-
-@contextmanager
-def _evaluating(model: MoEModel) -> Iterator[None]:
-    training = model.model.training
-    model.model.train(mode=False)
-    try:
-        yield
-    finally:
-        model.model.train(mode=training)
 
 
 def _remaining(batches: Iterator[Batch], partial: Partial) -> Iterator[Batch]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from moescope.corpora.packing import Batch
 from moescope.errors import ModelError
@@ -77,6 +78,17 @@ def forward(model: MoEModel, batch: Batch) -> Float[Tensor, "positions vocabular
     return logits
 
 
+def losses(
+    logits: Float[Tensor, "positions vocabulary"], targets: Targets
+) -> Float[Tensor, " counted"]:
+    """Negative log-likelihood of each target, in nats."""
+    parts = [
+        cross_entropy(logits[positions].float(), ids, reduction="none")
+        for positions, ids in targets.chunks(logits.shape[1])
+    ]
+    return torch.cat(parts)
+
+
 def require_decoder_only(model: MoEModel) -> None:
     """Refuse a model whose loss on a plain text would mean little.
 
@@ -97,10 +109,5 @@ def evaluating(model: MoEModel) -> Iterator[None]:
 
     Not inference mode: what an intervention makes meanwhile may be used in training later.
     """
-    training = model.model.training
-    model.model.train(mode=False)
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.model.train(mode=training)
+    with model.evaluating(), torch.no_grad():
+        yield

@@ -2,14 +2,15 @@
 
 import numpy as np
 import pandas as pd
-import torch
-from jaxtyping import Float
-from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from moescope.corpora.corpus import Corpus
-from moescope.corpora.packing import Batch
-from moescope.evaluate.predictions import Targets, evaluating, forward, require_decoder_only
+from moescope.evaluate.predictions import (
+    Targets,
+    evaluating,
+    forward,
+    losses,
+    require_decoder_only,
+)
 from moescope.evaluate.totals import Resampling, Totals, counts, mean_columns
 from moescope.models.view import MoEModel
 from moescope.progress import track
@@ -41,7 +42,9 @@ def loss(model: MoEModel, corpus: Corpus, *, bootstrap: int = 1_000, seed: int =
     require_decoder_only(model)
     with evaluating(model):
         for batch in track(corpus.batches(model.tokenizer), "evaluate: batches"):
-            _add_losses(totals, batch, forward(model, batch))
+            logits = forward(model, batch)
+            targets = Targets.of(batch, logits.device)
+            totals.add(targets, {"loss": losses(logits, targets)})
     rows = []
     for domain, documents in totals.by_domain():
         found = mean_columns(documents, ["loss"], resampling)
@@ -51,15 +54,3 @@ def loss(model: MoEModel, corpus: Corpus, *, bootstrap: int = 1_000, seed: int =
         }
         rows.append({"domain": domain} | found | perplexity | counts(documents, resampling))
     return pd.DataFrame(rows)
-
-
-def _add_losses(
-    totals: Totals, batch: Batch, logits: Float[Tensor, "positions vocabulary"]
-) -> None:
-    """Add the negative log-likelihood of each target of a batch."""
-    targets = Targets.of(batch, logits.device)
-    losses = [
-        cross_entropy(logits[positions].float(), ids, reduction="none")
-        for positions, ids in targets.chunks(logits.shape[1])
-    ]
-    totals.add(targets, {"loss": torch.cat(losses)})

@@ -7,6 +7,7 @@ from itertools import chain
 from torch import Tensor, nn
 
 from moescope.errors import ModelError, OptionError
+from moescope.models.patching import noted
 from moescope.models.view import MoELayer
 
 _PLACE = "layer_"  # names of what says where a module stands, such as layer_idx
@@ -18,7 +19,8 @@ def swap_blocks(a: MoELayer, b: MoELayer, experts_only: bool = False) -> Iterato
 
     Parameters and buffers change places, nothing is copied and no module moves. So everything
     tied to a position stays there: layers, observers and other interventions, entered before or
-    after, act on what runs at their position, and modules know their layer number.
+    after, act on what runs at their position, and modules know their layer number. Only what is
+    written into parameters before (`swap_experts`, `ablate_neurons`) travels with them.
 
     Raises:
         OptionError: The blocks are not built alike.
@@ -33,7 +35,8 @@ def swap_blocks(a: MoELayer, b: MoELayer, experts_only: bool = False) -> Iterato
             for name, tensor in _own_tensors(one).items():
                 if rows is None or _holds(tensor, rows):
                     stack.enter_context(_exchanged(one, other, name))
-        yield
+        with noted(a.block), noted(b.block):
+            yield
 
 
 def _pairs(a: MoELayer, b: MoELayer) -> list[tuple[nn.Module, nn.Module]]:

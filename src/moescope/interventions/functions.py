@@ -6,7 +6,6 @@ where it scales what goes in (Llama 4), x is the scaled input here too.
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from contextvars import ContextVar
 
 import torch
 from jaxtyping import Float
@@ -18,8 +17,6 @@ from moescope.models.view import Function, MoELayer, Replacement
 
 Expert = tuple[MoELayer, int]
 """A layer and the number of one of its experts."""
-
-_as_target: ContextVar[bool] = ContextVar("an expert is computed as a target", default=False)
 
 
 @contextmanager
@@ -51,7 +48,7 @@ def substitute(source: Expert, target: Expert, adapter: Adapter | None = None) -
     if source[0] is layer and source[1] == number:
         function: Replacement = lambda before, x: before(adapt(x))  # noqa: E731
     else:
-        function = lambda _, x: _own_outputs(target, adapt(x))  # noqa: E731
+        function = lambda _, x: layer.expert_outputs(adapt(x), [number])[0]  # noqa: E731
     with _changed(source, function):
         yield
 
@@ -95,23 +92,8 @@ def replace_output(expert: Expert, value: Float[Tensor, " hidden"] | float) -> I
 
 
 def _changed(expert: Expert, function: Replacement) -> AbstractContextManager[None]:
-    """The expert computes something else, unless it is the target of a substitution."""
     layer, number = expert
-    return layer.replacing(
-        number, lambda before, x: before(x) if _as_target.get() else function(before, x)
-    )
-
-
-def _own_outputs(
-    expert: Expert, x: Float[Tensor, "tokens hidden"]
-) -> Float[Tensor, "tokens hidden"]:
-    """What the parameters of an expert make of x, whatever else is done in its place."""
-    layer, number = expert
-    token = _as_target.set(True)
-    try:
-        return layer.expert_outputs(x, [number])[0]
-    finally:
-        _as_target.reset(token)
+    return layer.replacing(number, function)
 
 
 def _adapting(adapter: Adapter | None, width: int) -> Function:

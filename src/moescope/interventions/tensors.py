@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moescope.errors import ModelError, OptionError
 from moescope.interventions.functions import Expert
+from moescope.models.patching import noted
 
 
 @contextmanager
@@ -31,7 +32,8 @@ def swap_experts(a: Expert, b: Expert) -> Iterator[None]:
     try:
         _write(tensors[0], copies[1])
         _write(tensors[1], copies[0])
-        yield
+        with noted(a[0].block), noted(b[0].block):
+            yield
     finally:
         _write(tensors[0], copies[0])
         _write(tensors[1], copies[1])
@@ -60,22 +62,25 @@ def ablate_neurons(expert: Expert, neurons: Sequence[int]) -> Iterator[None]:
                 expected=f"0 to {wide - 1}",
             )
     columns = torch.tensor(list(neurons), dtype=torch.long, device=down.device)
-    expected = down.index_fill(1, columns, 0)
+    expected = torch.zeros_like(down, dtype=torch.bool).index_fill(1, columns, True)
     for tensor, axis in product(tensors.values(), (0, 1)):
         if tensor.ndim == 2 and tensor.shape[axis] == wide:
-            with _zeroed(tensor.movedim(axis, 0), columns):
+            rows = tensor.movedim(axis, 0)
+            with _filled(rows, columns, torch.nan):
                 # Families may keep it either way round, and behind another matrix.
-                if torch.equal(layer.expert_weights(number).down, expected):
+                found = torch.equal(layer.expert_weights(number).down.isnan(), expected)
+            if found:
+                with _filled(rows, columns, 0.0), noted(layer.block):
                     yield
-                    return
+                return
     raise ModelError(f"no parameter of layer {layer.index} holds what neurons write")
 
 
 @contextmanager
-def _zeroed(tensor: Tensor, rows: Int64[Tensor, " rows"]) -> Iterator[None]:
+def _filled(tensor: Tensor, rows: Int64[Tensor, " rows"], value: float) -> Iterator[None]:
     copy = tensor[rows]
     try:
-        tensor[rows] = 0
+        tensor[rows] = value
         yield
     finally:
         tensor[rows] = copy

@@ -50,7 +50,7 @@ class Saliency:
             norms: Norms of their outputs before these weights, see `routed_norms`.
             num_experts: Number of experts of the layer.
         """
-        used = experts >= 0
+        used = (experts >= 0) & (weights != 0)
         chosen = experts[used].cpu()
         norm, weight = norms[used].cpu().double(), weights[used].cpu().double()
         return cls(

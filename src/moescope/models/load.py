@@ -79,6 +79,12 @@ def load(
     else:
         deepseek.register()
         checkpoint = locate(model, revision=revision, code=trust_remote_code)
+        if offload_folder is not None and device_map is None:
+            raise OptionError(
+                "nothing is offloaded without a device_map",
+                got=f"offload_folder {offload_folder}",
+                expected='a device_map such as "auto" or {"": "disk"} too',
+            )
         options = {"device_map": device_map, "trust_remote_code": trust_remote_code}
         ready = _read_and_offload(checkpoint, _checked(dtype), offload_folder, **options)
     ready.train(False)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,9 @@ class Observation:
 
 
 Callback = Callable[[Observation], None]
+
+# What a callback asks of a layer (`route`, `top_k`) is not part of the pass of other observers.
+_calling_back: ContextVar[bool] = ContextVar("a callback is running", default=False)
 
 
 @contextmanager
@@ -90,10 +94,14 @@ class _Watch:
                 self.normed[tensor.data_ptr()] = (arguments[0], tensor)
 
     def _router_ends(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        if _calling_back.get():
+            return
         logits = self.layer.router_logits(output).detach()
         self.logits = logits.reshape(-1, logits.shape[-1])
 
     def _routed(self, experts: Tensor, weights: Tensor) -> None:
+        if _calling_back.get():
+            return
         self.experts, self.weights = experts.detach(), weights.detach()
 
     def _block_ends(
@@ -110,7 +118,11 @@ class _Watch:
         )
         # Nothing may outlive its pass: it would be held in memory, or mixed into the next.
         del self.logits, self.experts, self.weights
-        self.callback(observation)
+        token = _calling_back.set(True)
+        try:
+            self.callback(observation)
+        finally:
+            _calling_back.reset(token)
 
     def _residual(self, given: Tensor) -> Float[Tensor, "tokens hidden"] | None:
         if self.normed is None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moescope.errors import ModelError
 from moescope.experts.weights import ExpertWeights
 from moescope.models.offload import resident
-from moescope.models.view import Function, MoELayer, Replacement, Rerouting, Routing
+from moescope.models.view import MoELayer, Replacement, Rerouting, Routing
 
 
 class OffloadedLayer(MoELayer):
@@ -36,6 +36,7 @@ class OffloadedLayer(MoELayer):
             family=layer.family,
         )
         vars(self)["shared_in_block"] = layer.shared_in_block
+        vars(self)["weighs_inputs"] = layer.weighs_inputs
         self._layer = layer
 
     @property
@@ -64,6 +65,12 @@ class OffloadedLayer(MoELayer):
     def hidden_size(self) -> int:
         """As in memory."""
         return self._layer.hidden_size
+
+    @property
+    def has_shared_expert(self) -> bool:
+        """As in memory."""
+        with resident(self.decoder_layer):
+            return self._layer.has_shared_expert
 
     @property
     def intermediate_size(self) -> int:
@@ -114,15 +121,6 @@ class OffloadedLayer(MoELayer):
             f"the weights of layer {self.index} cannot be changed: they are offloaded",
             remedy="Load the model with a device_map that keeps all weights on devices",
         )
-
-    def weigh(
-        self,
-        function: Function,
-        x: Float[Tensor, "tokens hidden"],
-        weights: Float[Tensor, " tokens"],
-    ) -> Float[Tensor, "tokens hidden"]:
-        """As in memory."""
-        return self._layer.weigh(function, x, weights)
 
     @contextmanager
     def replacing(self, expert: int, function: Replacement) -> Iterator[None]:

@@ -12,6 +12,23 @@ from torch.overrides import TorchFunctionMode
 
 Forward = Callable[..., Any]
 
+_changed: list[nn.Module] = []
+
+
+@contextmanager
+def noted(module: nn.Module) -> Iterator[None]:
+    """Note that something within a module is not what its weights say."""
+    _changed.append(module)
+    try:
+        yield
+    finally:
+        _changed.remove(module)
+
+
+def is_changed(model: nn.Module) -> bool:
+    """Whether a module of the model is noted."""
+    return not set(_changed).isdisjoint(model.modules())
+
 
 @contextmanager
 def wrapped(module: nn.Module, wrapper: Callable[[Forward], Forward]) -> Iterator[None]:
@@ -20,7 +37,8 @@ def wrapped(module: nn.Module, wrapper: Callable[[Forward], Forward]) -> Iterato
     before = own.get("forward")
     own["forward"] = wrapper(module.forward)
     try:
-        yield
+        with noted(module):
+            yield
     finally:
         if before is None:
             del own["forward"]

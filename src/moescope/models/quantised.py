@@ -12,7 +12,8 @@ from moescope.models.view import MoELayer
 
 def is_quantised(tensor: Tensor) -> bool:
     """Whether a parameter is no plain tensor of floating-point numbers."""
-    return type(tensor) not in (Tensor, nn.Parameter) or not tensor.is_floating_point()
+    floating = tensor.is_floating_point() and tensor.dtype.itemsize > 1  # fp8 needs its scales
+    return type(tensor) not in (Tensor, nn.Parameter) or not floating
 
 
 class QuantisedLayer(OffloadedLayer):

@@ -61,6 +61,8 @@ class MoELayer(ABC):
 
     shared_in_block: ClassVar[bool] = True
     """Whether the output of the block holds that of the shared expert."""
+    weighs_inputs: ClassVar[bool] = False
+    """Whether weights scale what goes into an expert, not what comes out of it."""
 
     def __init__(
         self,
@@ -121,7 +123,8 @@ class MoELayer(ABC):
     ) -> Float[Tensor, "experts tokens hidden"]:
         """Unweighted output of each of `experts` for every input, whoever is routed there.
 
-        Computed on the device and in the dtype of the weights.
+        Computed on the device and in the dtype of the weights, from the parameters as they are now:
+        what `replacing` has in the place of an expert is not asked.
 
         Raises:
             OptionError: There is no such expert.
@@ -204,6 +207,8 @@ class MoELayer(ABC):
         weights: Float[Tensor, " tokens"],
     ) -> Float[Tensor, "tokens hidden"]:
         """What an expert that computes `function` adds to the output of the block."""
+        if self.weighs_inputs:
+            return function(x * weights[:, None])
         return weights[:, None] * function(x)
 
     @property
@@ -294,6 +299,16 @@ class MoEModel:
         network: Any = self.model if head else self.model.base_model
         return network(**inputs, use_cache=False)
 
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode, for as long as the context lasts."""
+        training = self.model.training
+        self.model.train(mode=False)
+        try:
+            yield
+        finally:
+            self.model.train(mode=training)
+
     @property
     def device(self) -> torch.device:
         """Where inputs go."""
@@ -369,7 +384,7 @@ def _numbers(values: set[int]) -> str:
 def _ranges(indices: Sequence[int]) -> str:
     """Layer numbers as people write them: 1-3, 5."""
     runs = []
-    for _, run in groupby(enumerate(sorted(indices)), key=lambda pair: pair[1] - pair[0]):
+    for _, run in groupby(enumerate(sorted(set(indices))), key=lambda pair: pair[1] - pair[0]):
         numbers = [number for _, number in run]
         runs.append(str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}")
     return ", ".join(runs)

@@ -15,7 +15,7 @@ from moescope.models.families.gating import Gating, gated, plain
 from moescope.models.families.probing import arguments_given, scale_of
 from moescope.models.families.shared import shared_experts
 from moescope.models.offload import resident
-from moescope.models.patching import Forward, wrapped
+from moescope.models.patching import Forward, noted, wrapped
 from moescope.models.view import MoELayer, Replacement, Rerouting, Routing
 
 ROUTERS = ("gate", "router")
@@ -39,6 +39,7 @@ class FusedLayer(MoELayer):
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self._changes: list[Rerouting] = []
+        self._own_forward: Forward | None = None  # of the experts module, while it is replaced
 
     @staticmethod
     def fits(block: nn.Module) -> bool:
@@ -165,7 +166,7 @@ class FusedLayer(MoELayer):
     ) -> Float[Tensor, "experts tokens hidden"]:
         """By calling the experts module with one expert and weight 1."""
         self.check_experts(experts)
-        forward = self.experts.forward
+        forward = self._own_forward or self.experts.forward
         x = x.to(self._device, self._dtype)
         outputs = x.new_empty(len(experts), *x.shape)
         for start in range(0, len(x), _TOKENS_AT_ONCE):
@@ -239,8 +240,14 @@ class FusedLayer(MoELayer):
 
             return replaced
 
-        with wrapped(self.experts, around):
-            yield
+        outermost = self._own_forward is None
+        self._own_forward = self._own_forward or self.experts.forward
+        try:
+            with wrapped(self.experts, around):
+                yield
+        finally:
+            if outermost:
+                self._own_forward = None
 
     @contextmanager
     def rerouting(self, change: Rerouting) -> Iterator[None]:
@@ -268,7 +275,8 @@ class FusedLayer(MoELayer):
 
         handle = self.experts.register_forward_pre_hook(before, prepend=True)
         try:
-            yield
+            with noted(self.experts):
+                yield
         finally:
             handle.remove()
 

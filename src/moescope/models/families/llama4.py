@@ -8,12 +8,13 @@ from torch import Tensor, nn
 from moescope.experts.weights import ExpertWeights
 from moescope.models.families.by_weights import ByWeightsLayer, named_nonlinearity
 from moescope.models.families.registry import register
-from moescope.models.view import Function
 
 
 @register("Llama4TextMoe")
 class Llama4Layer(ByWeightsLayer):
     """`router(x) -> (sigmoid(logits) of the chosen, 0 elsewhere, logits)`; `f(weight * x)`."""
+
+    weighs_inputs = True
 
     @property
     def router(self) -> nn.Module:
@@ -48,15 +49,6 @@ class Llama4Layer(ByWeightsLayer):
         scores, logits = router_output
         experts = logits.topk(router.top_k, dim=1).indices
         return experts, scores.gather(1, experts)
-
-    def weigh(
-        self,
-        function: Function,
-        x: Float[Tensor, "tokens hidden"],
-        weights: Float[Tensor, " tokens"],
-    ) -> Float[Tensor, "tokens hidden"]:
-        """`function(weight * x)`."""
-        return function(x * weights[:, None])
 
     def block_output(
         self, output: Float[Tensor, "tokens hidden"], x: Tensor, router_output: Any

@@ -71,6 +71,8 @@ class SwitchLayer(FusedLayer):
         output = self.router(x.to(self.expert_weights(0).up)[None])
         chosen, weights, _ = (tensor.transpose(0, 1) for tensor in output)  # one token a row
         experts, weights = self.used_routing((x, chosen, weights[:, :, 0]))
+        for change in self._changes:
+            experts, weights = change(experts, weights)
         return Routing(logits=self.router_logits(output), weights=weights, experts=experts)
 
     def expert_outputs(
