@@ -22,11 +22,11 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from moescope.errors import ModelError, OptionError
+from moescope.errors import ConformanceError, ModelError, OptionError
 from moescope.models.checkpoint import Checkpoint, first_line, locate, weights
 from moescope.models.conformance import require_conformance
 from moescope.models.discover import dense_layers, moe_layers
-from moescope.models.offload import all_parameters
+from moescope.models.offload import all_parameters, is_offloaded
 from moescope.models.ported import deepseek
 from moescope.models.quantised import is_quantised
 from moescope.models.view import MoEModel
@@ -96,8 +96,25 @@ def load(
         revision=None if checkpoint is None else checkpoint.revision,
     )
     _require_finite(ready)
-    require_conformance(seen)
+    with _named_where_offload_fails(seen):
+        require_conformance(seen)
     return seen
+
+
+@contextmanager
+def _named_where_offload_fails(model: MoEModel) -> Iterator[None]:
+    """A few classes of transformers do not run, or compute something else, with weights on disk."""
+    if not is_offloaded(model.model):
+        yield
+        return
+    try:
+        yield
+    except (ConformanceError, NotImplementedError, RuntimeError) as error:
+        raise ModelError(
+            f"{type(model.model).__name__} does not run as it should with offloaded weights",
+            got=first_line(error),
+            remedy="Choose a device_map that keeps all weights on devices",
+        ) from error
 
 
 def _checked(dtype: str | torch.dtype) -> str | torch.dtype:

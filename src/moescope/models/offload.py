@@ -33,6 +33,11 @@ def _resident_itself(module: nn.Module) -> Iterator[None]:
             hook.offload = True
 
 
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether weights of a module, or of one within, are put away between forward passes."""
+    return any(has_offloaded_params(part) for part in module.modules())
+
+
 def parameters(module: nn.Module) -> dict[str, Tensor]:
     """The parameters that a module itself holds, detached; read if they are offloaded."""
     with align_module_device(module):

@@ -5,13 +5,12 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
-from accelerate.utils import has_offloaded_params
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from moescope.errors import ModelError
 from moescope.experts.weights import ExpertWeights
-from moescope.models.offload import resident
+from moescope.models.offload import is_offloaded, resident
 from moescope.models.view import MoELayer, Replacement, Rerouting, Routing
 
 
@@ -24,8 +23,7 @@ class OffloadedLayer(MoELayer):
     @classmethod
     def of(cls, layer: MoELayer) -> MoELayer:
         """The layer itself, unless some of its weights are offloaded."""
-        offloaded = any(has_offloaded_params(module) for module in layer.block.modules())
-        return cls(layer) if offloaded else layer
+        return cls(layer) if is_offloaded(layer.block) else layer
 
     def __init__(self, layer: MoELayer) -> None:
         super().__init__(
