@@ -136,8 +136,9 @@ def test_a_one_way_relation_is_reported_one_way(seed):
 
     def score(source, inputs, target, target_inputs):
         train, held_out = samples(source, inputs)
+        solver = SolverOptions(steps=150)
         return fit(
-            train, held_out, target, source=source, target_inputs=target_inputs, solver=QUICK
+            train, held_out, target, source=source, target_inputs=target_inputs, solver=solver
         )
 
     there = score(turned, x_turned, large, x[:400])
