@@ -15,16 +15,6 @@ class DbrxLayer(ByWeightsLayer):
     """`router(x) -> logits`; `w1`, `v1`, `w2` are [experts * intermediate, hidden]."""
 
     @property
-    def router(self) -> nn.Module:
-        """`block.router`."""
-        return self.block.get_submodule("router")
-
-    @property
-    def router_weight(self) -> Float[Tensor, "experts hidden"]:
-        """`block.router.layer.weight`, detached."""
-        return self.router.get_parameter("layer.weight").detach()
-
-    @property
     def intermediate_size(self) -> int:
         """From the shape of `w1`."""
         return self._all.get_parameter("w1").shape[0] // self.num_experts

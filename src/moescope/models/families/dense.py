@@ -33,6 +33,11 @@ class DenseLayer(RebuiltLayer):
         return down.new_zeros(1, down.shape[0])
 
     @property
+    def router_bias(self) -> None:
+        """None."""
+        return None
+
+    @property
     def intermediate_size(self) -> int:
         """From the matrices."""
         return self.expert_weights(0).intermediate_size

@@ -12,18 +12,14 @@ from torch import Tensor, nn
 from moescope.errors import ModelError
 from moescope.experts.weights import ExpertWeights
 from moescope.models.families.gating import Gating, gated, plain
+from moescope.models.families.linear_router import ROUTERS, linear_map, router_of
 from moescope.models.families.probing import arguments_given, scale_of
 from moescope.models.families.shared import shared_experts
 from moescope.models.offload import resident
 from moescope.models.patching import Forward, noted, wrapped
 from moescope.models.view import MoELayer, Replacement, Rerouting, Routing
 
-ROUTERS = ("gate", "router")
 _TOKENS_AT_ONCE = 4096  # bounds what an expert holds in between
-
-
-def _rows(tensor: Tensor) -> int:
-    return len(tensor) if tensor.ndim == 2 else 0
 
 
 class FusedLayer(MoELayer):
@@ -52,8 +48,7 @@ class FusedLayer(MoELayer):
     @property
     def router(self) -> nn.Module:
         """`block.gate` or `block.router`."""
-        children = dict(self.block.named_children())
-        return next(children[name] for name in ROUTERS if name in children)
+        return router_of(self.block)
 
     @property
     def experts(self) -> nn.Module:
@@ -75,24 +70,14 @@ class FusedLayer(MoELayer):
         turned = self._layout("is_transposed")
         num_experts, *sides = self.experts.get_parameter("down_proj").shape
         hidden_size = sides[1 if turned else 0]
-        found = []
-        for module in self.router.modules():
-            own = dict(module.named_parameters(recurse=False))
-            found += [(own[n], own.get("bias")) for n in own if _rows(own[n]) >= num_experts]
-        if len(found) != 1:
-            raise ModelError(
-                f"the router of layer {self.index} is more than one linear map",
-                got=f"{len(found)} matrices in {type(self.router).__name__}",
-            )
-        weight, bias = found[0]
+        weight, bias = linear_map(self.router, num_experts)
         if weight.shape[1] != hidden_size:
             raise ModelError(
                 f"the experts of layer {self.index} work in a space of their own",
                 got=f"experts of hidden size {hidden_size}, a router of {weight.shape[1]}",
             )
         # Rows beyond those of the experts are the router's word on shared experts.
-        routed = slice(num_experts)
-        return weight.detach()[routed], None if bias is None else bias.detach()[routed]
+        return weight[:num_experts], None if bias is None else bias[:num_experts]
 
     @property
     def intermediate_size(self) -> int:

@@ -7,12 +7,12 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from moescope.experts.weights import ExpertWeights
-from moescope.models.families.feed_forward import feed_forward_weights, is_feed_forward
+from moescope.models.families.feed_forward import is_feed_forward
+from moescope.models.families.listed import ListedExperts
 from moescope.models.families.rebuilt import RebuiltLayer
 
 
-class ListedLayer(RebuiltLayer):
+class ListedLayer(ListedExperts, RebuiltLayer):
     """`block.gate(x) -> logits`, `block.experts[e](x)`; the block chooses by itself.
 
     Weights are the softmax over all experts (fp32), of the `block.top_k` largest; they add up to
@@ -31,21 +31,6 @@ class ListedLayer(RebuiltLayer):
             and isinstance(getattr(block, "top_k", None), int)
             and all(is_feed_forward(expert) for expert in experts)
         )
-
-    @property
-    def router(self) -> nn.Module:
-        """`block.gate`."""
-        return self.block.get_submodule("gate")
-
-    @property
-    def router_weight(self) -> Float[Tensor, "experts hidden"]:
-        """`block.gate.weight`, detached."""
-        return self.router.get_parameter("weight").detach()
-
-    @property
-    def intermediate_size(self) -> int:
-        """From the matrices of the first expert."""
-        return self.expert_weights(0).intermediate_size
 
     def router_logits(self, router_output: Any) -> Float[Tensor, "tokens experts"]:
         """What the gate returns, flat."""
@@ -74,18 +59,10 @@ class ListedLayer(RebuiltLayer):
     ) -> Float[Tensor, "experts tokens hidden"]:
         """By calling the modules."""
         self.check_experts(experts)
-        return torch.stack([self._expert(expert)(x.to(self.router_weight)) for expert in experts])
+        return torch.stack(
+            [self.expert_module(expert)(x.to(self.router_weight)) for expert in experts]
+        )
 
-    def expert_weights(self, expert: int) -> ExpertWeights:
-        """Views of the matrices of one module."""
-        self.check_experts([expert])
-        return feed_forward_weights(self._expert(expert))
-
-    def expert_tensors(self, expert: int) -> dict[str, Tensor]:
-        """The parameters of one module."""
-        self.check_experts([expert])
-        named = self._expert(expert).named_parameters()
-        return {name: parameter.detach() for name, parameter in named}
-
-    def _expert(self, expert: int) -> nn.Module:
+    def expert_module(self, expert: int) -> nn.Module:
+        """The module of one expert."""
         return self.block.get_submodule(f"experts.{expert}")

@@ -23,16 +23,6 @@ class JetMoeLayer(ByWeightsLayer):
         super().__init__(decoder_layer.get_submodule("mlp"), decoder_layer, **place)
 
     @property
-    def router(self) -> nn.Module:
-        """`block.router`."""
-        return self.block.get_submodule("router")
-
-    @property
-    def router_weight(self) -> Float[Tensor, "experts hidden"]:
-        """`block.router.layer.weight`, detached."""
-        return self.router.get_parameter("layer.weight").detach()
-
-    @property
     def intermediate_size(self) -> int:
         """From the shape of `output_linear`."""
         return self.block.get_parameter("output_linear.weight").shape[2]

@@ -3,7 +3,7 @@
 from typing import Any
 
 from jaxtyping import Float, Int64
-from torch import Tensor, nn
+from torch import Tensor
 
 from moescope.experts.weights import ExpertWeights
 from moescope.models.families.by_weights import ByWeightsLayer, named_nonlinearity
@@ -15,16 +15,6 @@ class Llama4Layer(ByWeightsLayer):
     """`router(x) -> (sigmoid(logits) of the chosen, 0 elsewhere, logits)`; `f(weight * x)`."""
 
     weighs_inputs = True
-
-    @property
-    def router(self) -> nn.Module:
-        """`block.router`."""
-        return self.block.get_submodule("router")
-
-    @property
-    def router_weight(self) -> Float[Tensor, "experts hidden"]:
-        """`block.router.weight`, detached."""
-        return self.router.get_parameter("weight").detach()
 
     @property
     def intermediate_size(self) -> int:

@@ -24,16 +24,6 @@ class NemotronHLayer(RebuiltLayer):
     """
 
     @property
-    def router(self) -> nn.Module:
-        """`block.gate`."""
-        return self.block.get_submodule("gate")
-
-    @property
-    def router_weight(self) -> Float[Tensor, "experts hidden"]:
-        """`block.gate.weight`, detached."""
-        return self.router.get_parameter("weight").detach()
-
-    @property
     def intermediate_size(self) -> int:
         """From the shape of `down_proj`."""
         return self._experts.get_parameter("down_proj").shape[2]

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from moescope.errors import ConformanceError, ModelError
-from moescope.experts.weights import ExpertWeights
-from moescope.models.families.feed_forward import feed_forward_weights
+from moescope.models.families.listed import ListedExperts
 from moescope.models.families.probing import arguments_given
 from moescope.models.families.rebuilt import RebuiltLayer
 from moescope.models.families.registry import register
@@ -18,7 +17,7 @@ from moescope.models.offload import resident
 
 
 @register("NllbMoeSparseMLP")
-class NllbMoeLayer(RebuiltLayer):
+class NllbMoeLayer(ListedExperts, RebuiltLayer):
     """`router(x) -> (mask, weights [tokens, experts], logits)`, what the paper says they mean.
 
     Every token goes to the two experts with the largest shares, weighted by their parts of the
@@ -36,7 +35,7 @@ class NllbMoeLayer(RebuiltLayer):
             token = self.router_weight.new_zeros(1, self.hidden_size)
         mask = one_hot(torch.tensor([last], device=token.device), self.num_experts)
         try:
-            arguments_given(self._expert(last), lambda: experts(token, mask, mask.to(token)))
+            arguments_given(self.expert_module(last), lambda: experts(token, mask, mask.to(token)))
         except ModelError as error:
             raise ConformanceError(
                 "this version of transformers takes the mask of chosen experts in NLLB-MoE for "
@@ -44,27 +43,6 @@ class NllbMoeLayer(RebuiltLayer):
                 got=f"expert {last} of {self.stack} layer {self.index} is chosen and does not run",
                 remedy="The model loads once NllbMoeExperts of transformers is mended",
             ) from error
-
-    @property
-    def router(self) -> nn.Module:
-        """`block.router`."""
-        return self.block.get_submodule("router")
-
-    @property
-    def router_weight(self) -> Float[Tensor, "experts hidden"]:
-        """`block.router.classifier.weight`, detached."""
-        return self.router.get_parameter("classifier.weight").detach()
-
-    @property
-    def router_bias(self) -> Float[Tensor, " experts"] | None:
-        """`block.router.classifier.bias`, if there is one."""
-        bias = dict(self.router.named_parameters()).get("classifier.bias")
-        return None if bias is None else bias.detach()
-
-    @property
-    def intermediate_size(self) -> int:
-        """From the matrices of the first expert."""
-        return self.expert_weights(0).intermediate_size
 
     def router_logits(self, router_output: Any) -> Float[Tensor, "tokens experts"]:
         """Third of what the router returns."""
@@ -92,18 +70,8 @@ class NllbMoeLayer(RebuiltLayer):
         """By calling the modules."""
         self.check_experts(experts)
         x = x.to(self.expert_tensors(0)["fc1.weight"])
-        return torch.stack([self._expert(expert)(x) for expert in experts])
+        return torch.stack([self.expert_module(expert)(x) for expert in experts])
 
-    def expert_weights(self, expert: int) -> ExpertWeights:
-        """Views of the matrices of one module."""
-        self.check_experts([expert])
-        return feed_forward_weights(self._expert(expert))
-
-    def expert_tensors(self, expert: int) -> dict[str, Tensor]:
-        """The parameters of one module."""
-        self.check_experts([expert])
-        named = self._expert(expert).named_parameters()
-        return {name: parameter.detach() for name, parameter in named}
-
-    def _expert(self, expert: int) -> nn.Module:
+    def expert_module(self, expert: int) -> nn.Module:
+        """The module of one expert."""
         return self.block.get_submodule(f"experts.expert_{expert}")

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from moescope.models.families.linear_router import linear_map, router_of
 from moescope.models.families.shared import shared_experts
 from moescope.models.patching import Forward, wrapped
 from moescope.models.view import Function, MoELayer, Replacement, Rerouting, Routing
@@ -25,6 +26,21 @@ class RebuiltLayer(MoELayer, ABC):
         super().__init__(*arguments, **named)
         self._changes: list[Rerouting] = []
         self._replacements: list[tuple[int, Replacement]] = []
+
+    @property
+    def router(self) -> nn.Module:
+        """`block.gate` or `block.router`."""
+        return router_of(self.block)
+
+    @property
+    def router_weight(self) -> Float[Tensor, "experts hidden"]:
+        """The matrix in the router, detached."""
+        return linear_map(self.router)[0]
+
+    @property
+    def router_bias(self) -> Float[Tensor, " experts"] | None:
+        """The `bias` beside that matrix."""
+        return linear_map(self.router)[1]
 
     @abstractmethod
     def chosen(

@@ -7,15 +7,15 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from moescope.experts.weights import ExpertWeights
-from moescope.models.families.feed_forward import feed_forward_weights
 from moescope.models.families.fused import FusedLayer
+from moescope.models.families.linear_router import linear_map
+from moescope.models.families.listed import ListedExperts
 from moescope.models.families.registry import register
 from moescope.models.view import Routing
 
 
 @register("SwitchTransformersSparseMLP")
-class SwitchLayer(FusedLayer):
+class SwitchLayer(ListedExperts, FusedLayer):
     """`router(x) -> (one-hot choice, weight, logits)`, `experts(x, one-hot choice, weight)`.
 
     An expert takes the first `expert_capacity` tokens of every row that choose it; the others go
@@ -23,25 +23,13 @@ class SwitchLayer(FusedLayer):
     """
 
     @property
-    def router_weight(self) -> Float[Tensor, "experts hidden"]:
-        """`block.router.classifier.weight`, detached."""
-        return self.router.get_parameter("classifier.weight").detach()
-
-    @property
-    def router_bias(self) -> Float[Tensor, " experts"] | None:
-        """`block.router.classifier.bias`, if there is one."""
-        bias = dict(self.router.named_parameters()).get("classifier.bias")
-        return None if bias is None else bias.detach()
+    def _router_map(self) -> tuple[Tensor, Tensor | None]:
+        return linear_map(self.router)
 
     @property
     def output_scale(self) -> float:
         """1: the block returns what the experts return."""
         return 1.0
-
-    @property
-    def intermediate_size(self) -> int:
-        """From the matrices of the first expert."""
-        return self.expert_weights(0).intermediate_size
 
     def router_logits(self, router_output: Any) -> Float[Tensor, "tokens experts"]:
         """Third of what the router returns, flat."""
@@ -83,19 +71,9 @@ class SwitchLayer(FusedLayer):
         x = x.to(self.expert_weights(0).up)
         outputs = x.new_empty(len(experts), *x.shape)
         for row, expert in enumerate(experts):
-            outputs[row] = self._expert(expert)(x)
+            outputs[row] = self.expert_module(expert)(x)
         return outputs
 
-    def expert_weights(self, expert: int) -> ExpertWeights:
-        """Views of the matrices of one module."""
-        self.check_experts([expert])
-        return feed_forward_weights(self._expert(expert))
-
-    def expert_tensors(self, expert: int) -> dict[str, Tensor]:
-        """The parameters of one module."""
-        self.check_experts([expert])
-        named = self._expert(expert).named_parameters()
-        return {name: parameter.detach() for name, parameter in named}
-
-    def _expert(self, expert: int) -> nn.Module:
+    def expert_module(self, expert: int) -> nn.Module:
+        """The module of one expert."""
         return self.experts.get_submodule(f"expert_{expert}")
