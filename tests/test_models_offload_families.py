@@ -1,7 +1,6 @@
 """Every family with its weights on disk: the same as in memory, or refused."""
 
 import pytest
-import torch
 
 from moescope.errors import ModelError
 from moescope.models.load import load
