@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 
 from moescope.corpora.corpus import Corpus
+from moescope.corpora.packing import Batch
 from moescope.evaluate.predictions import (
     Targets,
     evaluating,
@@ -42,9 +43,7 @@ def loss(model: MoEModel, corpus: Corpus, *, bootstrap: int = 1_000, seed: int =
     require_decoder_only(model)
     with evaluating(model):
         for batch in track(corpus.batches(model.tokenizer), "evaluate: batches"):
-            logits = forward(model, batch)
-            targets = Targets.of(batch, logits.device)
-            totals.add(targets, {"loss": losses(logits, targets)})
+            _add_batch(totals, model, batch)
     rows = []
     for domain, documents in totals.by_domain():
         found = mean_columns(documents, ["loss"], resampling)
@@ -54,3 +53,10 @@ def loss(model: MoEModel, corpus: Corpus, *, bootstrap: int = 1_000, seed: int =
         }
         rows.append({"domain": domain} | found | perplexity | counts(documents, resampling))
     return pd.DataFrame(rows)
+
+
+def _add_batch(totals: Totals, model: MoEModel, batch: Batch) -> None:
+    """Add one batch, whose logits do not outlive it."""
+    logits = forward(model, batch)
+    targets = Targets.of(batch, logits.device)
+    totals.add(targets, {"loss": losses(logits, targets)})
