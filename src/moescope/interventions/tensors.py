@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moescope.errors import ModelError, OptionError
 from moescope.interventions.functions import Expert
+from moescope.models.alike import require_alike
 from moescope.models.patching import noted
 
 
@@ -25,9 +26,7 @@ def swap_experts(a: Expert, b: Expert) -> Iterator[None]:
         ModelError: The weights are not plain numbers in memory (quantised, offloaded).
     """
     tensors = a[0].expert_tensors(a[1]), b[0].expert_tensors(b[1])
-    forms = _form(a), _form(b)
-    if forms[0] != forms[1]:
-        raise OptionError("these experts are not built alike", got=forms[1], expected=forms[0])
+    require_alike(a, b)
     copies = [{name: tensor.clone() for name, tensor in of.items()} for of in tensors]
     try:
         _write(tensors[0], copies[1])
@@ -84,23 +83,6 @@ def _filled(tensor: Tensor, rows: Int64[Tensor, " rows"], value: float) -> Itera
         yield
     finally:
         tensor[rows] = copy
-
-
-def _form(expert: Expert) -> tuple[object, ...]:
-    """What two experts must have in common to be exchanged."""
-    layer, number = expert
-    weights = layer.expert_weights(number)
-    shapes = [
-        f"{name} {tuple(tensor.shape)} {tensor.dtype}".replace("torch.", "")
-        for name, tensor in sorted(layer.expert_tensors(number).items())
-    ]
-    return (
-        type(layer.block).__name__,
-        *shapes,
-        weights.activation,
-        weights.limit,
-        weights.up_offset,
-    )
 
 
 def _write(tensors: dict[str, Tensor], values: dict[str, Tensor]) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from moescope.errors import ModelError, OptionError
+from moescope.models.alike import require_alike
 from moescope.models.view import MoELayer, MoEModel
 from moescope.surgery.blueprint import Blueprint
 from moescope.surgery.groups import require_groups
@@ -94,9 +95,7 @@ def exchange_experts(a: tuple[MoELayer, int], b: tuple[MoELayer, int]) -> None:
         ModelError: The weights are not plain numbers in memory (quantised, offloaded).
     """
     one, other = (layer.expert_tensors(expert) for layer, expert in (a, b))
-    forms = _form(*a), _form(*b)
-    if forms[0] != forms[1]:
-        raise OptionError("these experts are not built alike", got=forms[1], expected=forms[0])
+    require_alike(a, b)
     for name, tensor in one.items():
         former = tensor.clone()
         tensor.copy_(other[name])
@@ -118,12 +117,3 @@ def _num_experts(model: MoEModel) -> int:
     for layer in model.layers:
         layer.expert_tensors(0)  # refuses what is not plain numbers in memory
     return numbers.pop()
-
-
-def _form(layer: MoELayer, expert: int) -> tuple[object, ...]:
-    """What two experts must have in common to be exchanged."""
-    weights = layer.expert_weights(expert)
-    tensors = sorted(layer.expert_tensors(expert).items())
-    shapes = [f"{name} {tuple(t.shape)} {t.dtype}".replace("torch.", "") for name, t in tensors]
-    settings = (weights.activation, weights.limit, weights.up_offset)
-    return (type(layer.block).__name__, *shapes, *settings)
