@@ -20,6 +20,7 @@ ORDER = [
     {"scheduler"},
     {"reports", "analyses"},
     {"evaluate"},
+    {"decoding"},
     {"alignment", "captures", "interventions", "surgery"},
     {"models", "corpora"},
     {"experts"},

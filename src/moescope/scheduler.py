@@ -105,8 +105,9 @@ def study(
     config = _config(config)
     chosen = _chosen(config)
     options = _capture_options(config, chosen)
-    capture(model, open_corpus(config.corpus, config.packing), out, **vars(options))
-    material = Material(out, model)
+    corpus = open_corpus(config.corpus, config.packing)
+    capture(model, corpus, out, **vars(options))
+    material = Material(out, model, corpus)
     for entry, entry_options in chosen:
         if not entry.is_done(material, entry_options):
             entry.run(material, entry_options)

@@ -1,9 +1,11 @@
-"""What an analysis works on: a run, its capture, and the model when it is needed."""
+"""What an analysis works on: a run, its capture, and the model and text when they are needed."""
 
 import os
 from functools import cached_property
 
+from moescope.analyses.text import reopened, require_captured
 from moescope.captures.read import Capture
+from moescope.corpora.corpus import Corpus
 from moescope.errors import CaptureError
 from moescope.models.load import load
 from moescope.models.view import MoEModel
@@ -19,11 +21,18 @@ class Material:
         run: The run folder.
         model: The captured model if it is loaded already; needed only where it was captured
             from memory, so that its weights cannot be found again.
+        corpus: The captured text; needed only where it cannot be read again, such as token ids.
     """
 
-    def __init__(self, run: Run | str | os.PathLike[str], model: MoEModel | None = None) -> None:
+    def __init__(
+        self,
+        run: Run | str | os.PathLike[str],
+        model: MoEModel | None = None,
+        corpus: Corpus | None = None,
+    ) -> None:
         self.run = run if isinstance(run, Run) else Run(run)
         self._given_model = model
+        self._given_corpus = corpus
 
     @cached_property
     def capture(self) -> Capture:
@@ -46,6 +55,20 @@ class Material:
                 remedy="Pass the captured model, or capture this one into a new folder",
             )
         return model
+
+    def text(self, tokens: int) -> Corpus:
+        """The text that was captured, up to so many tokens.
+
+        Args:
+            tokens: Where to stop, as `Packing.max_tokens`.
+
+        Raises:
+            CaptureError: The text is another one than the captured, or cannot be found again.
+        """
+        if self._given_corpus is None:
+            return reopened(self.capture).limited(tokens)
+        require_captured(self._given_corpus, self.capture)
+        return self._given_corpus.limited(tokens)
 
     def _loaded(self) -> MoEModel:
         if self.capture.model_name == IN_MEMORY:

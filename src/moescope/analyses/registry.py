@@ -11,6 +11,7 @@ from typing import Any, Generic, Literal, TypeVar, get_args
 from moescope import analyses
 from moescope.analyses.material import Material
 from moescope.config import build
+from moescope.corpora.corpus import Corpus
 from moescope.errors import OptionError, unknown
 from moescope.models.view import MoEModel
 from moescope.runs import Result, Run, library_versions, to_json
@@ -48,6 +49,7 @@ class Analysis(Generic[Options]):
         run: Run | str | os.PathLike[str],
         *,
         model: MoEModel | None = None,
+        corpus: Corpus | None = None,
         **options: Any,
     ) -> Result:
         """Answer the question for a run, save the result there and return it.
@@ -55,13 +57,14 @@ class Analysis(Generic[Options]):
         Args:
             run: A run folder with a capture.
             model: The captured model if it is in memory already.
+            corpus: The captured text where it cannot be read again, such as token ids.
             **options: Fields of this analysis' options.
 
         Raises:
             OptionError: An unknown or unfit option.
             CaptureError: The capture is missing, damaged, or lacks a tensor this analysis needs.
         """
-        return self.run(Material(run, model), build(self.options, options, self.name))
+        return self.run(Material(run, model, corpus), build(self.options, options, self.name))
 
     def run(self, material: Material, options: Options) -> Result:
         """The same with options built already."""

@@ -2,7 +2,6 @@
 
 from moescope.analyses.material import Material
 from moescope.analyses.registry import analysis
-from moescope.analyses.topk_corpus import reopened
 from moescope.analyses.topk_cost import cost_table, operations
 from moescope.analyses.topk_findings import findings
 from moescope.analyses.topk_options import TopkOptions, settings_of
@@ -23,7 +22,7 @@ from moescope.runs import Result
 )
 def topk(material: Material, options: TopkOptions) -> Result:
     """Loss by domain with 0 to K routed experts per token, all layers at once or one at a time."""
-    return curves(material.model, reopened(material.capture, options.tokens), options)
+    return curves(material.model, material.text(options.tokens), options)
 
 
 def curves(model: MoEModel, corpus: Corpus, options: TopkOptions) -> Result:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import count
 from typing import Any
 
@@ -68,6 +68,11 @@ class Corpus:
         for domain, given in documents.items():
             sources[domain] = _GivenIds("token ids", domain, given)
         return cls(sources, packing)
+
+    def limited(self, tokens: int) -> "Corpus":
+        """The same text up to so many tokens, or to where it ended before."""
+        most = min(tokens, self.packing.max_tokens or tokens)
+        return Corpus(self._sources, replace(self.packing, max_tokens=most))
 
     @property
     def domains(self) -> list[str]:

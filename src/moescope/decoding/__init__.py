@@ -1,0 +1,1 @@
+"""What a state inside a model would predict: lenses and their columns."""
