@@ -190,6 +190,15 @@ def test_reach_covers_the_truth():
     assert 0.935 <= held / 1_000 <= 0.98
 
 
+def test_one_document_that_changed_is_not_blown_up_by_rounding():
+    tokens = np.random.default_rng(0).integers(100, 900, 70).astype(float)
+    sums = np.zeros(70)
+    sums[3] = 1e-3
+    mean = sums.sum() / tokens.sum()
+    reach = difference_reach(sums, tokens, Resampling(resamples=1_000, seed=0))
+    assert mean < reach < 3 * mean
+
+
 def test_reach_without_spread_and_under_thirty():
     tokens = np.full(40, 7.0)
     assert difference_reach(0 * tokens, tokens, Resampling(resamples=100, seed=0)) == 0

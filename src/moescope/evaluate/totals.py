@@ -11,7 +11,7 @@ from torch import Tensor
 from moescope.corpora.corpus import RESERVED_DOMAIN
 from moescope.errors import CorpusError
 from moescope.evaluate.predictions import Targets
-from moescope.measures.bootstrap import FEWEST_UNITS, ratio_interval, resampled_counts
+from moescope.measures.bootstrap import FEWEST_UNITS, ROUNDING, ratio_interval, resampled_counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,14 +113,12 @@ def difference_reach(
     drawn = resampled_counts(units, resampling.resamples, generator)
     total = drawn @ tokens
     moved = drawn @ residuals / total
-    squares = (
-        drawn @ residuals**2
-        - 2 * moved * (drawn @ (residuals * tokens))
-        + moved**2 * (drawn @ tokens**2)
-    )
-    errors = np.sqrt(np.maximum(squares, 0)) / total
-    usable = errors > 0  # a draw without any spread is the estimate itself
+    own = drawn @ residuals**2
+    squares = own - 2 * moved * (drawn @ (residuals * tokens)) + moved**2 * (drawn @ tokens**2)
+    # A draw whose documents are all alike has no spread but that of rounding, and nothing to say.
+    usable = squares > ROUNDING * own
     if not usable.any():
         return 0.0
+    errors = np.sqrt(squares.clip(min=0)) / total
     error = np.sqrt(np.square(residuals).sum()) / tokens.sum()
     return float(np.quantile(np.abs(moved[usable]) / errors[usable], 0.95) * error)

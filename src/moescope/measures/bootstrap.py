@@ -12,6 +12,8 @@ from scipy.special import ndtr, stdtrit
 
 FEWEST_UNITS = 30
 """Documents below which no interval is given: with fewer it covers too little."""
+ROUNDING = 1e-9
+"""Share of a sum of squares below which what subtraction leaves of it is rounding, not spread."""
 _LEVEL = 0.95
 
 
@@ -66,13 +68,15 @@ def _moved(
     """How far each draw's log ratio lies from the log of `ratio`, and its standard error."""
     total = (counts @ denominators)[:, None]
     step = counts @ residuals / total  # from `ratio` to the draw's own
+    spread = counts @ residuals**2
     squares = (
-        counts @ residuals**2
+        spread
         - 2 * step * (counts @ (residuals * denominators[:, None]))
         + step**2 * (counts @ denominators**2)[:, None]
     )
+    squares[squares <= ROUNDING * spread] = 0
     own = (ratio + step) * total
-    return np.log1p(step / ratio), np.sqrt(np.maximum(squares, 0)) / own
+    return np.log1p(step / ratio), np.sqrt(squares) / own
 
 
 def expanded_level(units: int) -> float:
