@@ -1,0 +1,49 @@
+"""What the model would say after each layer, with and without each expert (MoE Lens)."""
+
+from moescope.analyses.lens_corpus import Lens, corpus_table
+from moescope.analyses.lens_findings import findings
+from moescope.analyses.lens_options import LensOptions, operations
+from moescope.analyses.lens_prompt import as_corpus, prompt_ids, prompt_table
+from moescope.analyses.material import Material
+from moescope.analyses.registry import analysis
+from moescope.decoding.translators import Translators
+from moescope.evaluate.predictions import evaluating
+from moescope.evaluate.totals import Resampling
+from moescope.models.view import MoEModel
+from moescope.runs import Result
+
+
+@analysis(
+    question="What would the model say after each layer, with and without each expert?",
+    source="MoE Lens (logit lens; nostalgebraist 2020); full softmax, all positions and intervals "
+    "ours",
+    needs={"live model"},
+    options=LensOptions,
+    work=operations,
+)
+def lens(material: Material, options: LensOptions) -> Result:
+    """Divergence from the final prediction, agreement and loss of every column of every layer."""
+    model = material.model
+    with evaluating(model):
+        found = Lens.of(model, _translation(model, options))
+        ids = prompt_ids(found, options.prompt) if options.prompt else []
+        corpus = material.text(options.tokens) if options.tokens else as_corpus(ids)
+        resampling = Resampling(resamples=options.bootstrap, seed=options.seed)
+        table = corpus_table(found, corpus, resampling)
+        tables = {"lens": table}
+        if ids:
+            tables["prompt"] = prompt_table(found, ids)
+    return Result(
+        name="lens",
+        tables=tables,
+        findings=findings(table, model, options.translators),
+        provenance={"seed": options.seed},
+    )
+
+
+def _translation(model: MoEModel, options: LensOptions) -> Translators | None:
+    if options.translators is None:
+        return None
+    translators = Translators.load(options.translators)
+    translators.require_model(model)
+    return translators

@@ -1,0 +1,106 @@
+"""Decodes the columns of a lens, a few positions at a time, and compares them with the end."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from moescope.decoding.columns import Column, LayerStates
+from moescope.models.readout import Readout
+
+_VALUES_AT_ONCE = 1 << 24
+"""Logits in fp32 of one column at a time: 64 MiB, however many positions there are."""
+
+Translation = Callable[[int, Float[Tensor, "tokens hidden"]], Float[Tensor, "tokens hidden"]]
+"""Number of a layer and states of the residual stream there; states as the last layer has them."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Final:
+    """What the model itself predicts at some positions."""
+
+    log_probabilities: Float[Tensor, "tokens vocabulary"]
+    """Over the whole vocabulary, in nats."""
+    probabilities: Float[Tensor, "tokens vocabulary"]
+    """The same, as probabilities."""
+    likeliest: Int64[Tensor, " tokens"]
+    """The token of the largest."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Decoded:
+    """What one column of one layer predicts at some positions."""
+
+    number: int
+    """Place of the layer in the order of the pass."""
+    states: LayerStates
+    """Of the layer, at these positions."""
+    column: Column
+    """What was decoded."""
+    log_probabilities: Float[Tensor, "tokens vocabulary"]
+    """Over the whole vocabulary, in nats."""
+    final: Final
+    """The model's own prediction."""
+    positions: slice
+    """Which of the positions that were given."""
+
+    @property
+    def divergence(self) -> Float[Tensor, " tokens"]:
+        """KL(final || column) in nats."""
+        missing = self.final.log_probabilities - self.log_probabilities
+        return (self.final.probabilities * missing).sum(-1).clamp_min(0)  # rounding may go below
+
+    @property
+    def agreement(self) -> Float[Tensor, " tokens"]:
+        """1 where the likeliest token is that of the model, 0 elsewhere."""
+        return (self.log_probabilities.argmax(-1) == self.final.likeliest).float()
+
+    def loss(self, ids: Int64[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
+        """Negative log-likelihood of these tokens, in nats."""
+        return -self.log_probabilities.gather(1, ids[:, None])[:, 0]
+
+
+@torch.no_grad()
+def decoded(
+    readout: Readout,
+    last: Float[Tensor, "tokens hidden"],
+    layers: Sequence[LayerStates],
+    translation: Translation | None = None,
+) -> Iterator[Decoded]:
+    """Every column of every layer, for a few positions after the other.
+
+    One product with the unembedding per layer, column and chunk of positions, and one for the
+    model's own prediction; no more than a few such products are held at a time.
+
+    Args:
+        readout: The model's own.
+        last: The last state of the stream.
+        layers: The states of each layer at the same positions.
+        translation: Put before the readout for states of the stream (a tuned lens).
+    """
+    size = max(1, _VALUES_AT_ONCE // readout.vocabulary)
+    for start in range(0, len(last), size):
+        some = slice(start, start + size)
+        own = _log_probabilities(readout, last[some])
+        final = Final(log_probabilities=own, probabilities=own.exp(), likeliest=own.argmax(-1))
+        for number, layer in enumerate(layers):
+            states = layer[some]
+            for column, stream in states.columns():
+                if translation is not None and column.has_stream:
+                    stream = translation(layer.ending.layer.index, stream)
+                yield Decoded(
+                    number=number,
+                    states=states,
+                    column=column,
+                    log_probabilities=_log_probabilities(readout, stream),
+                    final=final,
+                    positions=some,
+                )
+
+
+def _log_probabilities(
+    readout: Readout, states: Float[Tensor, "tokens hidden"]
+) -> Float[Tensor, "tokens vocabulary"]:
+    return readout.logits(states).float().log_softmax(-1)
