@@ -1,6 +1,7 @@
 """Routers that choose groups of experts first: neighbours, equally many in each group."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from moescope.errors import OptionError
 from moescope.models.view import MoELayer
@@ -10,16 +11,25 @@ _CHOSEN = "topk_group"
 _FEWEST = 2  # a group counts by its two best experts
 
 
+def groups_of(layer: MoELayer) -> int:
+    """Number of groups that the router chooses among first; 1 where it looks at all experts."""
+    settings = _settings(layer)
+    return max(
+        (found[name] for found in settings for name in _NUMBER if found.get(name)), default=1
+    )
+
+
+def _settings(layer: MoELayer) -> list[dict[str, Any]]:
+    return [vars(module) for module in layer.block.modules()]
+
+
 def require_groups(layer: MoELayer, experts: Sequence[int]) -> None:
     """Make sure that experts are groups, or equal parts of all groups, one after another.
 
     Raises:
         OptionError: They are not, or too few of a group are left.
     """
-    settings = [vars(module) for module in layer.block.modules()]
-    groups = max(
-        (found[name] for found in settings for name in _NUMBER if found.get(name)), default=1
-    )
+    groups = groups_of(layer)
     if groups <= 1:
         return
     size, left = divmod(len(experts), groups)
@@ -34,7 +44,9 @@ def require_groups(layer: MoELayer, experts: Sequence[int]) -> None:
             got=list(experts),
             expected=f"equally many of each group of {former} neighbours, group after group",
         )
-    chosen = max((found[_CHOSEN] for found in settings if found.get(_CHOSEN)), default=groups)
+    chosen = max(
+        (found[_CHOSEN] for found in _settings(layer) if found.get(_CHOSEN)), default=groups
+    )
     fewest = max(min(_FEWEST, former), -(-layer.top_k // chosen))
     if size < fewest:
         raise OptionError(
