@@ -346,3 +346,21 @@ def _pca(random, layer_pairs):
         frame = {"layer": layer, "panel": panel, "pc1": points[:, 0], "pc2": points[:, 1]}
         frames.append(pd.DataFrame(frame | {"explained1": 0.31, "explained2": 0.12}))
     return pd.concat(frames, ignore_index=True)
+
+
+def curve(values, measure="m", analysis="a"):
+    """A measure of layers as `layer_curves` gives it, without limits."""
+    return pd.DataFrame(
+        {
+            "analysis": analysis,
+            "measure": measure,
+            "stack": "decoder",
+            "layer": range(len(values)),
+            "value": np.asarray(values, dtype=float),
+            "low": np.nan,
+            "high": np.nan,
+            "n_tokens": 10,
+            "n_documents": 1,
+            "last": [False] * (len(values) - 1) + [True],
+        }
+    )

@@ -203,6 +203,7 @@ def test_routing_analysis_does_not_count_dropped_tokens(folder):
     result = moescope.routing(folder, permutations=10, bootstrap=10)
     layer = result.tables["layers"].iloc[0]
     assert layer.unused_slots == 2
-    shares = result.table.set_index(["domain", "expert"]).share
+    decoder = result.table.query("stack == 'decoder'")
+    shares = decoder.set_index(["domain", "expert"]).share
     assert shares["all", 0] == pytest.approx(4 / 6)
     assert shares["all", 1] == 0

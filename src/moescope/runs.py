@@ -133,15 +133,19 @@ class Result:
         (folder / f"{self.name}.json").unlink(missing_ok=True)
         for table, frame in self.tables.items():
             write_atomically(self._parquet(folder, table), frame.to_parquet)
-        content = self.as_dict() | {"schema": RESULT_SCHEMA, "tables": list(self.tables)}
+        content = self._words() | {"schema": RESULT_SCHEMA, "tables": list(self.tables)}
         write_json(folder / f"{self.name}.json", content)
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain values; tables as lists of rows."""
+        rows = {table: frame.to_dict("records") for table, frame in self.tables.items()}
+        return self._words() | {"tables": rows}
+
+    def _words(self) -> dict[str, Any]:
+        """Everything but the tables."""
         return {
             "name": self.name,
             "findings": [{"text": f.text, "numbers": f.numbers} for f in self.findings],
-            "tables": {table: frame.to_dict("records") for table, frame in self.tables.items()},
             "provenance": self.provenance,
         }
 

@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int64
 
+from moescope.analyses.curves import Curve
 from moescope.analyses.ensemble_findings import findings
 from moescope.analyses.ensemble_measures import MEASURES, measured
 from moescope.analyses.ensemble_parts import Chosen, Parts, parts_of, whole_row_tokens
@@ -38,6 +39,15 @@ class EnsembleOptions:
     source="MoE Lens (single expert against the ensemble); forms, controls and intervals ours",
     needs={"inputs", "residual", "live model"},
     options=EnsembleOptions,
+    curves=(
+        Curve(
+            measure="cosine of the best expert alone with all (routed experts)",
+            table="ensemble",
+            value="median",
+            limits=("median_low", "median_high"),
+            where={"form": "routed", "compared": "top", "measure": "cosine"},
+        ),
+    ),
 )
 def ensemble(material: Material, options: EnsembleOptions) -> Result:
     """Cosines, norm ratio and relative error by layer, in four forms, beside four controls."""

@@ -1,4 +1,4 @@
-"""What an analysis works on: a run, its capture, and the model and text when they are needed."""
+"""What an analysis works on: a run, its capture, and model, weights and text when needed."""
 
 import os
 from functools import cached_property
@@ -8,6 +8,7 @@ from moescope.captures.read import Capture
 from moescope.corpora.corpus import Corpus
 from moescope.errors import CaptureError
 from moescope.models.load import load
+from moescope.models.on_disk import StoredLayers, in_memory, on_disk
 from moescope.models.view import MoEModel
 from moescope.runs import Run
 
@@ -70,16 +71,46 @@ class Material:
         require_captured(self._given_corpus, self.capture)
         return self._given_corpus.limited(tokens)
 
+    @cached_property
+    def layers(self) -> StoredLayers:
+        """The layers of the model, to be read one at a time; it is not loaded for that.
+
+        Raises:
+            CaptureError: There is no capture that says which model, and none was passed.
+            ModelError: The checkpoint cannot be read.
+        """
+        captured = Capture.exists(self.run)
+        if self._given_model is not None:
+            return in_memory(self.model if captured else self._given_model)
+        if not captured:
+            raise CaptureError(
+                f"{self.run.path} holds no capture that says which model it is about",
+                remedy="Name a checkpoint: `--checkpoint MODEL`",
+            )
+        self._require_checkpoint()
+        return on_disk(
+            self.capture.model_name,
+            revision=self.capture.model_revision,
+            dense_as_experts=self._is_dense,
+        )
+
     def _loaded(self) -> MoEModel:
+        self._require_checkpoint()
+        return load(
+            self.capture.model_name,
+            revision=self.capture.model_revision,
+            dtype=self.capture.manifest["model"]["dtype"],
+            dense_as_experts=self._is_dense,
+        )
+
+    @property
+    def _is_dense(self) -> bool:
+        """Whether the feed-forward layers of a dense model were seen as experts."""
+        return all(layer["family"] == "dense" for layer in self.capture.manifest["layers"])
+
+    def _require_checkpoint(self) -> None:
         if self.capture.model_name == IN_MEMORY:
             raise CaptureError(
                 f"{self.run.path} was captured from a model in memory",
                 remedy="Pass it: `moescope.align(run, model=model, ...)`",
             )
-        told = self.capture.manifest
-        return load(
-            self.capture.model_name,
-            revision=self.capture.model_revision,
-            dtype=told["model"]["dtype"],
-            dense_as_experts=all(layer["family"] == "dense" for layer in told["layers"]),
-        )

@@ -9,6 +9,7 @@ from pkgutil import iter_modules
 from typing import Any, Generic, Literal, TypeVar, get_args
 
 from moescope import analyses
+from moescope.analyses.curves import Curve
 from moescope.analyses.material import Material
 from moescope.config import build
 from moescope.corpora.corpus import Corpus
@@ -17,12 +18,33 @@ from moescope.models.view import MoEModel
 from moescope.runs import Result, Run, library_versions, to_json
 
 Need = Literal[
-    "weights", "routing", "inputs", "residual", "shared_output", "token_loss", "live model"
+    "weights",
+    "routing",
+    "inputs",
+    "residual",
+    "shared_output",
+    "token_loss",
+    "live model",
+    "results",
 ]
 Options = TypeVar("Options")
 Compute = Callable[[Material, Options], Result]
+Basis = Callable[[Material, Options], dict[str, Any]]
 
 _REGISTRY: dict[str, "Analysis[Any]"] = {}
+
+
+def of_capture(material: Material, _: object) -> dict[str, Any]:
+    """What a result of a capture rests on, for its provenance."""
+    capture = material.capture
+    return {
+        "model": capture.model_name,
+        "model_revision": capture.model_revision,
+        "model_fingerprint": capture.model_fingerprint,
+        "capture": capture.digest,
+        "tokens": capture.num_tokens,
+        "documents": len(capture.document_names),
+    }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +65,10 @@ class Analysis(Generic[Options]):
     """The function: material and options in, result out."""
     work: Callable[[MoEModel, Options], float] | None = None
     """About how many floating-point operations it takes; None where that is little."""
+    curves: tuple[Curve, ...] = ()
+    """Its measures with one value per layer, for `depth` and `moescope compare`."""
+    basis: Basis[Options] = of_capture
+    """What a result rests on: part of its provenance, without which it would be another."""
 
     def __call__(
         self,
@@ -55,7 +81,7 @@ class Analysis(Generic[Options]):
         """Answer the question for a run, save the result there and return it.
 
         Args:
-            run: A run folder with a capture.
+            run: A run folder; with a capture, unless the analysis reads a checkpoint alone.
             model: The captured model if it is in memory already.
             corpus: The captured text where it cannot be read again, such as token ids.
             **options: Fields of this analysis' options.
@@ -75,24 +101,21 @@ class Analysis(Generic[Options]):
         return result
 
     def is_done(self, material: Material, options: Options) -> bool:
-        """Whether the run holds this result, of the same capture, options and versions."""
-        if self.name not in material.run.results():
+        """Whether the run holds this result, of the same capture, options and versions.
+
+        Never where it is made of other results: these may be new.
+        """
+        if "results" in self.needs or self.name not in material.run.results():
             return False
         found = material.run.result(self.name).provenance
         asked = json.loads(to_json(self._provenance(material, options)))
         return all(found.get(key) == value for key, value in asked.items())
 
     def _provenance(self, material: Material, options: Options) -> dict[str, Any]:
-        capture = material.capture
         return {
             "analysis": self.name,
             "options": dataclasses.asdict(options),  # type: ignore[call-overload]
-            "model": capture.model_name,
-            "model_revision": capture.model_revision,
-            "model_fingerprint": capture.model_fingerprint,
-            "capture": capture.digest,
-            "tokens": capture.num_tokens,
-            "documents": len(capture.document_names),
+            **self.basis(material, options),
             "libraries": library_versions(),
         }
 
@@ -104,6 +127,8 @@ def analysis(
     needs: set[Need],
     options: type[Options],
     work: Callable[[MoEModel, Options], float] | None = None,
+    curves: tuple[Curve, ...] = (),
+    basis: Basis[Options] = of_capture,
 ) -> Callable[[Compute[Options]], Analysis[Options]]:
     """Register the decorated function under its own name.
 
@@ -124,6 +149,8 @@ def analysis(
             options=options,
             compute=compute,
             work=work,
+            curves=curves,
+            basis=basis,
         )
         return _REGISTRY[name]
 

@@ -94,3 +94,9 @@ def facet_by_heading(
         facet=facet, bounds="flush", spacing={"row": 60 + 15 * lines, "column": 58}
     ).resolve_scale(x="independent", y="independent")
     return panels
+
+
+def measure_headings(table: pd.DataFrame) -> pd.Series:
+    """Headings of curves: analysis and measure, and the stack where there are two."""
+    headings = table["analysis"] + "\n" + table["measure"]
+    return headings + ", " + table["stack"] if len(set(table["stack"])) > 1 else headings
