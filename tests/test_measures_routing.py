@@ -3,18 +3,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.spatial.distance import jensenshannon
-from scipy.stats import entropy, kstest
+from scipy.stats import binomtest, entropy, kstest
 
 from moescope.measures import routing
 
 counts = st.lists(st.integers(0, 1_000), min_size=6, max_size=6).filter(any).map(np.array)
 
 
-def test_counts_by_document_by_hand():
-    experts = np.array([[0, 1], [1, 2], [0, 2]])
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_counts_by_hand(dtype):
+    found = np.zeros((2, 3), dtype=dtype)
     documents = np.array([0, 0, 1])
-    expected = [[1, 2, 1], [1, 0, 1]]
-    np.testing.assert_array_equal(routing.counts_by_document(experts, documents, 2, 3), expected)
+    routing.count_experts(found, documents, np.array([[0, 1], [1, 2], [0, -1]]))
+    np.testing.assert_array_equal(found, [[1, 2, 1], [1, 0, 0]])
+    routing.count_experts(found, documents, np.array([[2], [2], [2]]))
+    np.testing.assert_array_equal(found, [[1, 2, 3], [1, 0, 1]])
 
 
 @given(counts, counts)
@@ -44,22 +47,6 @@ def test_disjoint_domains_have_one_bit_and_the_smallest_p():
     assert (null < observed).all()
 
 
-def test_p_values_are_uniform_when_labels_mean_nothing():
-    random = np.random.default_rng(1)
-    labels = np.array([0] * 15 + [1] * 25)
-    p_values = []
-    for seed in range(300):
-        # Documents differ in length and in topic, but not by label.
-        topics = random.dirichlet(np.ones(6), size=40)
-        lengths = random.integers(20, 300, size=40)
-        documents = np.array(
-            [random.multinomial(n, t) for n, t in zip(lengths, topics, strict=True)]
-        )
-        observed, null = routing.divergence_test(documents, labels, permutations=99, seed=seed)
-        p_values.append((1 + (null >= observed).sum()) / 100)
-    assert kstest(p_values, "uniform").pvalue > 0.01
-
-
 def test_matching_removes_the_advantage_of_small_samples():
     random = np.random.default_rng(2)
     large, small = np.array([4_000] * 8), random.multinomial(40, np.ones(8) / 8)
@@ -74,3 +61,41 @@ def test_matching_removes_the_advantage_of_small_samples():
         ]
     )
     assert plain < matched < 2 * both_small
+
+
+def p_value(observed, null):
+    return (1 + (null >= observed).sum()) / (1 + len(null))
+
+
+def test_p_values_of_shuffled_domains_keep_their_level():
+    """1,000 sets of documents whose domain means nothing: as many p-values below each level."""
+    random = np.random.default_rng(3)
+    labels = np.array([0] * 8 + [1] * 14)
+    p_values = []
+    for seed in range(1_000):
+        topics = random.dirichlet(np.full(4, 2.0), size=22)
+        documents = random.multinomial(random.integers(5, 60, size=22), topics)
+        p_values.append(
+            p_value(*routing.divergence_test(documents, labels, permutations=59, seed=seed))
+        )
+    assert kstest(np.array(p_values) - random.random(1_000) / 60, "uniform").pvalue > 0.001
+    for level in (0.05, 0.1, 0.25, 0.5, 0.75):
+        below = sum(p <= level for p in p_values)
+        assert binomtest(below, 1_000, level).pvalue > 0.001, level
+
+
+def test_drawing_down_is_the_multivariate_hypergeometric():
+    random = np.random.default_rng(4)
+    large, size = np.array([50, 30, 15, 5]), 20
+    drawn = routing._drawn_down(np.tile(large, (20_000, 1)), np.full(20_000, size), random)
+    assert (drawn.sum(1) == size).all()
+    assert (drawn <= large).all()
+    part = large / large.sum()
+    np.testing.assert_allclose(drawn.mean(0), size * part, atol=0.05)
+    spread = size * part * (1 - part) * (100 - size) / 99
+    np.testing.assert_allclose(drawn.var(0), spread, rtol=0.05)
+
+
+def test_busiest_share_by_hand():
+    counts = np.array([[5, 1, 3, 1], [0, 0, 0, 0]])
+    np.testing.assert_array_equal(routing.busiest_share(counts, 2), [0.8, 0])

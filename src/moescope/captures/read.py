@@ -16,6 +16,7 @@ from moescope.captures.partial import MANIFEST, read_manifest
 from moescope.captures.places import Place
 from moescope.captures.sampling import expert_keys, lowest, priorities
 from moescope.captures.shards import Entry, read_tensor, verify
+from moescope.captures.stream import TokenShard
 from moescope.errors import CaptureError, unknown
 from moescope.models.view import Routing, Stack
 from moescope.runs import Run
@@ -149,8 +150,9 @@ class Capture:
     @cached_property
     def document_domains(self) -> Int64[Tensor, "documents"]:
         """Index into `domains` of every document; -1 for one without kept tokens."""
-        domains = torch.full((len(self.document_names),), -1)
-        domains[self.documents] = self.domain_of
+        domains = torch.full((int(self.manifest["num_documents"]),), -1)
+        for shard in self.token_shards():
+            domains[shard.documents] = shard.domain_of
         return domains
 
     @cached_property
@@ -199,14 +201,13 @@ class Capture:
     def routing_shards(self, layer: int) -> Iterator[tuple[slice, Routing]]:
         """The same in parts that fit in memory, each with the tokens it is about."""
         self.layer_facts(layer)
+        for shard in self.token_shards():
+            yield shard.tokens, shard.routing(layer)
+
+    def token_shards(self) -> Iterator[TokenShard]:
+        """All tokens in order, in parts that fit in memory, with what is known of each token."""
         for entry in self._shards("tokens"):
-            logits, weights, experts = (
-                read_tensor(self.folder, entry, self._tensor(layer, name))
-                for name in ("logits", "weights", "experts")
-            )
-            first = entry["first_token"]
-            tokens = slice(first, first + entry["tokens"])
-            yield tokens, Routing(logits=logits, weights=weights, experts=experts.long())
+            yield TokenShard(self.folder, entry, self.stack)
 
     def inputs(self, layer: int) -> Recorded:
         """Inputs of the block, for the sample."""

@@ -1,32 +1,20 @@
 """Figures of the analysis `routing`: which experts are used, how much, and by which text."""
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 import altair as alt
 import numpy as np
 import pandas as pd
 
+from moescope.reports.figures.routing_columns import COLUMNS
+from moescope.reports.figures.routing_concentration import half, ranked_experts
+from moescope.reports.figures.routing_pairs import coactivation, transitions
+from moescope.reports.figures.routing_tokens import components, typical
 from moescope.reports.marks import MISSING, diverging, label, matrix, tip
 from moescope.reports.panels import Panels
 from moescope.reports.registry import Figure, figures
 from moescope.runs import Result
-
-COLUMNS = {
-    "layer": "The model's own layer number.",
-    "domain": "Kind of text; all = every domain together.",
-    "expert": "Number of the routed expert in its layer.",
-    "tokens": "Tokens that the router sends to the expert.",
-    "share": "Part of all tokens that have the expert among their top-k.",
-    "uniform": "K/E: the share of every expert if all were used alike.",
-    "low, high": "95% interval of the share, over documents.",
-    "entropy_bits": "Entropy of expert use; its maximum means that all experts are used alike.",
-    "router_entropy_bits": "Mean entropy of the softmax over one token's router logits.",
-    "experts_for_half": "Least number of experts that take half of the routing.",
-    "busiest_share, least_share": "Largest and smallest share of the layer.",
-    "js_bits": "Jensen-Shannon divergence between the expert use of two domains.",
-    "null_mean, null_p95": "Mean and 95th percentile of it when documents are shuffled.",
-    "excess": "js_bits above null_mean.",
-    "p_value": "Part of the shuffles that reach js_bits.",
-    "p_corrected": "The same, times the number of comparisons (Bonferroni).",
-}
 
 _USED = ["domain", "layer", "expert", "tokens", "share", "uniform", "low", "high"]
 _MOST_SEPARATE_EXPERTS = 16
@@ -41,11 +29,44 @@ _CLEAR = "p <= 0.05, corrected"
     columns=COLUMNS,
 )
 def draw(result: Result) -> list[Figure]:
-    """Share against K/E, load with intervals, entropy, and divergence between domains."""
-    shares = result.tables["routing"]
-    drawn = [_shares(shares), _load(shares), _entropy(result.tables["layers"])]
-    divergence = result.tables["divergence"]
-    return drawn if divergence.empty else [*drawn, _divergence(divergence)]
+    """Use of the experts, divergence between domains, pairs, tokens and logits, stack by stack."""
+    stacks = result.table["stack"].unique().tolist() if "stack" in result.table else ["decoder"]
+    drawn = []
+    for stack in stacks:
+        tables = {name: _of(stack, frame) for name, frame in result.tables.items()}
+        named = len(stacks) > 1
+        drawn += [_named(stack, figure) if named else figure for figure in _figures(tables)]
+    return drawn
+
+
+def _of(stack: str, table: pd.DataFrame) -> pd.DataFrame:
+    return table[table["stack"] == stack] if "stack" in table else table
+
+
+def _named(stack: str, figure: Figure) -> Figure:
+    title = f"{stack.capitalize()}: {figure.title[0].lower()}{figure.title[1:]}"
+    return replace(figure, name=f"{figure.name}-{stack}", title=title)
+
+
+def _figures(tables: Mapping[str, pd.DataFrame]) -> list[Figure]:
+    """Those of one stack; results of earlier versions hold the first three tables alone."""
+    shares = tables["routing"]
+    more = {name for name, table in tables.items() if not table.empty}
+    drawn = [_shares(shares), _load(shares), _entropy(tables["layers"])]
+    if "concentration" in more:
+        drawn += [ranked_experts(shares), half(tables["concentration"])]
+    if "divergence" in more:
+        drawn.append(_divergence(tables["divergence"]))
+    if "pca" in more:
+        domains = [domain for domain in shares["domain"].unique() if domain != "all"]
+        drawn.append(components(tables["pca"], tables["logits"], domains))
+    if "coactivation" in more:
+        drawn.append(coactivation(tables["coactivation"]))
+    if "transitions" in more:
+        drawn.append(transitions(tables["transitions"]))
+    if "tokens" in more:
+        drawn.append(typical(tables["tokens"]))
+    return drawn
 
 
 def _layer_axis() -> alt.Y:

@@ -1,0 +1,33 @@
+"""What the columns of the tables of `routing` mean."""
+
+COLUMNS = {
+    "stack": "Decoder or encoder.",
+    "layer": "The model's own layer number.",
+    "domain": "Kind of text; all = every domain together.",
+    "expert": "Number of the routed expert in its layer.",
+    "tokens": "Tokens that the router sends to the expert.",
+    "share": "Part of all tokens (for pairs: of the first expert's; for a token of the "
+    "vocabulary: of its places) that have the expert among their top-k.",
+    "uniform": "K/E: the share of every expert if all were used alike.",
+    "low, high": "95% interval over documents, of the share or, for pairs, of the lift.",
+    "entropy_bits": "Entropy of expert use; its maximum means that all experts are used alike.",
+    "router_entropy_bits": "Mean entropy of the softmax over one token's router logits.",
+    "experts_for_half": "Least number of experts that take half of the routing.",
+    "busiest_share, least_share": "Largest and smallest share of the layer.",
+    "js_bits": "Jensen-Shannon divergence between the expert use of two domains.",
+    "null_mean, null_p95": "Mean and 95th percentile of it when documents are shuffled.",
+    "excess": "js_bits above null_mean.",
+    "p_value": "Part of the shuffles that reach what was measured.",
+    "p_corrected": "The same, times the number of rows of the table (Bonferroni).",
+    "busiest_k_share": "Part of the routing that the K busiest experts of the domain take.",
+    "busiest_k_low, busiest_k_high, entropy_low, entropy_high": "95% intervals over documents.",
+    "next_layer": "The next recorded layer of the stack.",
+    "other, next_expert": "The second expert of a pair, of the same or of the next layer.",
+    "expected": "What share would be if the two experts were chosen independently.",
+    "lift": "Share over what chance, or all tokens, would give.",
+    "token": "Text of a token of the vocabulary; in the table of components, its number.",
+    "context_1, context_2, context_3": "Places where it has the expert, in three documents.",
+    "pc1, pc2": "Coordinates on the first two principal components of the router logits.",
+    "pc1_variance, pc2_variance": "Their parts of the variance.",
+    "between_domains": "Part of the variance of the logits that lies between means of domains.",
+}
