@@ -1,4 +1,5 @@
 import math
+import weakref
 
 import numpy as np
 import pandas as pd
@@ -8,12 +9,14 @@ import torch
 import models_zoo
 import moescope
 from captures_zoo import corpus
+from moescope.analyses import topk_sweep
 from moescope.analyses.topk import curves
 from moescope.analyses.topk_options import Setting, TopkOptions, run_of, settings_of
 from moescope.analyses.topk_sweep import sweep
 from moescope.corpora.packing import Packing
 from moescope.errors import CaptureError, ModelError, OptionError
 from moescope.evaluate.paired import compare
+from moescope.evaluate.predictions import forward
 from moescope.interventions import set_top_k
 from moescope.models.load import load
 from moescope.models.observe import observe
@@ -116,6 +119,39 @@ def test_each_batch_is_read_once_for_all_settings(model, monkeypatch):
         sweep(model, text(), settings_of(model, TopkOptions()))
     assert len(read) == len(list(batches(text(), None)))
     assert len(passes) == 9 * len(read)
+
+
+def test_nothing_outlives_its_setting(model, monkeypatch):
+    made = []
+
+    def watched(*arguments):
+        assert not any(logits() is not None for logits in made)
+        logits = forward(*arguments)
+        made.append(weakref.ref(logits))
+        return logits
+
+    monkeypatch.setattr(topk_sweep, "forward", watched)
+    sweep(model, text(), settings_of(model, TopkOptions()))
+    assert len(made) == 9 * len(list(text().batches(None)))
+
+
+def test_experts_that_are_left_out_are_not_computed(model, monkeypatch):
+    slots = []
+    settings = [Setting(None, "same_mass", k) for k in (0, 1, 2)]
+
+    def watched(*arguments):
+        seen = []
+        handle = model.layers[0].block.experts.register_forward_pre_hook(
+            lambda _, given: seen.append(given[1].shape[1])
+        )
+        logits = forward(*arguments)
+        handle.remove()
+        slots.append(seen)
+        return logits
+
+    monkeypatch.setattr(topk_sweep, "forward", watched)
+    sweep(model, text(), settings)
+    assert slots == [[3], [0], [1], [2]] * (len(slots) // 4)
 
 
 def test_fewer_k_can_be_asked_for_and_all_experts_stay_in_the_table(model):

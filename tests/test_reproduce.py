@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers import OlmoeConfig, OlmoeForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 import moescope
 from moescope.analyses.registry import find
@@ -15,43 +15,70 @@ from moescope.cli import main
 from moescope.config import build, read_yaml
 from moescope.corpora.corpus import Corpus
 from moescope.corpora.packing import Packing
+from moescope.corpora.sources import parse
 from moescope.errors import OptionError
-from moescope.reproduction import (
-    CORRECTED,
-    FEWEST_VALUES,
-    RESULT,
-    PublishedTable,
-    Reproduction,
-    comparison,
-    findings,
-    reproduce,
-)
+from moescope.models.ported.deepseek import DeepseekConfig, DeepseekForCausalLM, register
+from moescope.reproduction import reproduce
+from moescope.reproduction.file import CORRECTED, read
+from moescope.reproduction.findings import FEWEST_VALUES, table_findings
+from moescope.reproduction.published import PublishedTable, comparison
+from moescope.reproduction.run import CLAIMS, RESULT
 from moescope.runs import Run
 
-TABLE_1 = Path(__file__).parents[1] / "reproduce" / "moe_align_table1.yaml"
+FILES = sorted(Path(__file__).parents[1].glob("reproduce/*.yaml"))
+TABLE_1 = next(file for file in FILES if file.name == "moe_align_table1.yaml")
+TOPK = next(file for file in FILES if file.name == "moe_lens_topk.yaml")
 PAIRS = {"source_experts": [0, 4], "target_experts": [4, 8]}
+THIN = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "initializer_range": 0.3,
+}
+# As in the published configurations: class, experts, experts per token, what goes beside them.
+MODELS = {
+    "Qwen/Qwen1.5-MoE-A2.7B": (
+        Qwen2MoeForCausalLM,
+        Qwen2MoeConfig,
+        {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 24},
+        (60, 4),
+    ),
+    "allenai/OLMoE-1B-7B-0924": (
+        OlmoeForCausalLM,
+        OlmoeConfig,
+        {"intermediate_size": 16},
+        (64, 8),
+    ),
+    "deepseek-ai/deepseek-moe-16b-base": (
+        DeepseekForCausalLM,
+        DeepseekConfig,
+        {"moe_intermediate_size": 16, "intermediate_size": 48, "first_k_dense_replace": 1},
+        (64, 6),
+    ),
+}
 
 
 @pytest.fixture(scope="module")
-def shrunken(tmp_path_factory):
-    """The published model's class and its numbers of experts, thin and with random weights."""
+def models(tmp_path_factory):
+    """Each published model's class and its numbers of experts, thin and with random weights."""
+    register()
     tokenizer = moescope.load("tiny").tokenizer
-    config = Qwen2MoeConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        moe_intermediate_size=16,
-        shared_expert_intermediate_size=24,
-        initializer_range=0.3,
-    )
-    folder = tmp_path_factory.mktemp("shrunken")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        Qwen2MoeForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    folders = {}
+    for name, (model, config, sizes, experts) in MODELS.items():
+        folders[name] = tmp_path_factory.mktemp("shrunken")
+        filled = config(**THIN, **sizes, vocab_size=len(tokenizer))
+        assert (filled.num_experts, filled.num_experts_per_tok) == experts
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model(filled).save_pretrained(folders[name])
+        tokenizer.save_pretrained(folders[name])
+    return folders
+
+
+@pytest.fixture(scope="module")
+def shrunken(models):
+    return models["Qwen/Qwen1.5-MoE-A2.7B"]
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +110,7 @@ def run(small_file, shrunken, corpus, tmp_path_factory):
 
 
 def test_the_shipped_file_fits_the_published_model():
-    asked = build(Reproduction, read_yaml(TABLE_1), TABLE_1.name)
+    asked = read(TABLE_1)
     model = Qwen2MoeConfig()  # its defaults are Qwen1.5-MoE-A2.7B
     sizes = (model.num_hidden_layers, model.num_experts, model.hidden_size)
     assert sizes == (24, 60, 2_048)
@@ -199,7 +226,7 @@ def test_comparison_by_hand():
     published = published_table({0: {0: 2.0, "b": 4.0}, 1: {0: 1.0}})
     found = comparison(published, ours({(0, 0): 3.0, (0, "b"): np.nan}), ())
     assert list(found.columns) == [
-        "row", "column", "published", "measured", "ratio", "comparable", "why", "n"
+        "row", "column", "measure", "published", "measured", "ratio", "comparable", "why", "n"
     ]  # fmt: skip
     assert found.ratio[0] == 1.5
     assert found.comparable.tolist() == ["yes", "no", "no"]
@@ -208,28 +235,33 @@ def test_comparison_by_hand():
     assert other.why.tolist() == ["another model: x", *["another model: x; not measured"] * 2]
 
 
+def test_rows_of_another_measure_and_rows_known_to_differ():
+    published = published_table(
+        {0: {0: 2.0}, 1: {0: 1.0}}, other_columns={1: "median"}, unlike={0: "half of the text"}
+    )
+    table = ours({(0, 0): 3.0, (1, 0): 5.0}).assign(median=7.0)
+    found = comparison(published, table, ("another model: x",))
+    assert found.measured.tolist() == [3.0, 7.0]
+    assert found.measure.tolist() == ["error", "median"]
+    assert found.why.tolist() == ["another model: x; half of the text", "another model: x"]
+    assert set(comparison(published, table, ()).comparable) == {"no", "yes"}
+
+
 def test_findings_say_what_stands_out_and_agree_only_with_enough_values():
-    asked = build(Reproduction, read_yaml(TABLE_1), TABLE_1.name)
     values = {row: {column: 1.0 + row + column / 9 for column in range(4)} for row in range(3)}
     values[2] = {column: 100.0 * (1 + column) for column in range(4)}
     published = published_table(values)
     measured = {(r, c): -value for r, cells in values.items() for c, value in cells.items()}
-    described = Reproduction(
-        model="m",
-        published=published,
-        corrected=asked.corrected,
-        analyses={"align": {}},
-    )
     table = comparison(published, ours(measured), ())
     assert len(table) >= FEWEST_VALUES
-    counts, outstanding, agreement = findings(described, table)
+    counts, outstanding, agreement = table_findings(published, table, "m")
     assert "12 published values 12 were measured here, and 12" in counts.text
     assert agreement.numbers["rank_correlation"] == pytest.approx(-1)
     assert outstanding.numbers["published_largest"] == "2"
     means = [1 + 1 / 6, 2 + 1 / 6]
     assert outstanding.numbers["published_times"] == pytest.approx(250 / np.median(means))
     assert outstanding.numbers["measured_largest"] == "0"
-    few = findings(described, table[: FEWEST_VALUES - 1])[-1]
+    few = table_findings(published, table[: FEWEST_VALUES - 1], "m")[-1]
     assert "too few" in few.text
     assert "rank_correlation" not in few.numbers
 
@@ -243,8 +275,11 @@ def test_a_file_that_does_not_fit_is_refused_before_anything_is_computed(tmp_pat
 
     content = read_yaml(TABLE_1)
     refused("Did you mean 'column'", published=content["published"] | {"colum": "fvu"})
-    refused("analyses leaves out", analyses={"routing": {}})
-    refused("corrected leaves out", corrected=content["corrected"] | {"analyses": {}})
+    refused("published is about an analysis", analyses={"routing": {}})
+    refused("corrected is about an analysis", corrected=content["corrected"] | {"analyses": {}})
+    refused("claims is about an analysis", claims={"topk": "It rises."})
+    refused("there are none", published=None, claims={"align": "E0 is distinct."})
+    refused("nothing is said", published=None, corrected=None)
     assert not (tmp_path / "run").exists()
 
 
@@ -252,6 +287,123 @@ def test_an_unknown_column_suggests_the_nearest():
     published = published_table({0: {0: 1.0}}, column="eror")
     with pytest.raises(OptionError, match="Did you mean 'error'"):
         comparison(published, ours({(0, 0): 1.0}), ())
+
+
+def test_an_unknown_table_suggests_the_nearest(run):
+    published = published_table({0: {0: 1.0}}, table="pairs")
+    with pytest.raises(OptionError, match="unknown table of align"):
+        published.ours(run.result("align"))
+
+
+# Little text and few resamples: what is asked for stays the same.
+QUICK = {
+    "align": PAIRS | {"controls": False},
+    "routing": {"permutations": 20, "bootstrap": 20},
+    "topk": {"bootstrap": 20},
+    "ensemble": {"bootstrap": 20},
+    "lens": {"bootstrap": 20, "tokens": 500},
+}
+
+
+def made_small(file, folder):
+    content = read_yaml(file)
+    tokens = 6_000 if file == TABLE_1 else 1_500
+    for part in (content, content.get(CORRECTED) or {}):
+        if part:
+            part["packing"] |= {"length": 64, "max_tokens": tokens}
+            part["analyses"] = {
+                name: (options or {}) | QUICK.get(name, {})
+                for name, options in part["analyses"].items()
+            }
+    path = folder / file.name
+    path.write_text(yaml.safe_dump(content), "utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def local_text(tmp_path_factory):
+    """One text for all domains: every document is a part of an article."""
+    lines = files("moescope.corpora").joinpath("builtin/encyclopedia.jsonl").read_text("utf-8")
+    words = " ".join(json.loads(line)["text"] for line in lines.splitlines()[:4]).split()
+    path = tmp_path_factory.mktemp("text") / "pieces.txt"
+    path.write_text("\n".join(" ".join(words[i : i + 60]) for i in range(0, 900, 60)), "utf-8")
+    return f"{path}:lines"
+
+
+@pytest.fixture(scope="module")
+def runs(models, local_text, tmp_path_factory):
+    """What each file gives on a shrunken model and a local text, computed when asked for."""
+    done = {}
+
+    def run_of(file):
+        if file not in done:
+            asked = read(file)
+            folder = tmp_path_factory.mktemp("out")
+            done[file] = reproduce(
+                made_small(file, folder),
+                folder / "run",
+                model=str(models[asked.model]),
+                corpus=dict.fromkeys(asked.corpus, local_text),
+            )
+        return done[file]
+
+    return run_of
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_file_runs_on_the_shrunken_class_of_its_model(file, runs):
+    asked, run = read(file), runs(file)
+    result = run.result(RESULT)
+    assert set(asked.analyses) <= set(run.results())
+    if asked.published is not None:
+        assert len(result.table) == len(asked.published.frame())
+        assert result.table.measured.notna().any()
+        assert set(result.table.comparable) == {"no"}
+        assert CORRECTED in result.tables
+    if asked.claims:
+        claims = result.tables[CLAIMS if asked.published else RESULT]
+        assert claims.published.tolist() == list(asked.claims.values())
+        assert claims.why.str.contains("another model: ").all()
+        first = run.result(claims.analysis[0]).findings[0].text
+        assert claims.found[0].startswith(first)
+        assert any(first in finding.text for finding in result.findings)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_file_says_that_it_was_not_run_and_names_sources_that_can_be_read(file):
+    asked = read(file)
+    assert "Status: not run here" in file.read_text("utf-8")
+    assert asked.model in MODELS
+    for spec in asked.corpus.values():
+        if spec.startswith("hf:"):
+            assert parse(spec).spec == spec
+    for study in filter(None, (asked, asked.corrected_study)):
+        for name, options in study.analyses.items():
+            build(find(name).options, options, name)
+
+
+def test_the_published_form_of_topk_is_the_mean_of_documents_and_the_median_for_github(runs):
+    run = runs(TOPK)
+    ours = run.result("topk").tables["published"].set_index(["domain", "k"])
+    table = run.result(RESULT).table.set_index(["domain", "k"])
+    assert table.measured.notna().all()
+    assert len(table) == 6 * 6 + 4
+    for (domain, k), line in table.iterrows():
+        expected = ours.median_perplexity if domain == "github" else ours.mean_perplexity
+        assert line.measured == expected[domain, k]
+    published = read(TOPK).published.values
+    rises = [cells[1] / cells[6] - 1 for cells in published.values() if 6 in cells]
+    assert (min(rises), max(rises)) == pytest.approx((0.316, 1.199), abs=1e-3)
+
+
+def test_topk_done_right_has_intervals_and_three_weightings(runs):
+    table = runs(TOPK).result(RESULT).tables[CORRECTED]
+    assert set(table.weights) == {"as_is", "same_mass", "to_one"}
+    assert len(table) == 3 * 40
+    one = table[(table.domain == "aime") & (table.k == 1) & (table.weights == "to_one")].iloc[0]
+    right = Run(runs(TOPK).path / CORRECTED).result("topk").table
+    own = right[(right.domain == "aime") & (right.k == 1) & (right.weights == "to_one")].iloc[0]
+    assert (one.loss, one.difference) == (own.loss, own.difference)
 
 
 @pytest.mark.slow

@@ -1,16 +1,14 @@
 """What fewer experts per token save: parameters that a token meets, and time."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from functools import partial
 
 import pandas as pd
-from jaxtyping import Float, Int64
-from torch import Tensor
 
 from moescope.analyses.topk_options import TopkOptions, run_of, settings_of
+from moescope.analyses.topk_slots import restricted, restrictions
 from moescope.evaluate.timing import speed
-from moescope.models.view import MoELayer, MoEModel
+from moescope.models.view import MoEModel
 
 _COLUMNS = [
     "active_parameters",
@@ -30,9 +28,9 @@ _COLUMNS = [
 def cost_table(model: MoEModel, ks: Sequence[int], length: int, seed: int) -> pd.DataFrame:
     """Active parameters and speed of reading a text for each number of experts per token.
 
-    Unlike in `set_top_k`, experts that are left out are not computed: what is timed is a model
-    that uses k experts, with the small cost of finding them among those that the router chose.
-    The weights of all experts stay in memory.
+    Experts that are left out are not computed: what is timed is a model that uses k experts, with
+    the small cost of finding them among those that the router chose. The weights of all experts
+    stay in memory.
 
     Args:
         model: The model.
@@ -46,29 +44,13 @@ def cost_table(model: MoEModel, ks: Sequence[int], length: int, seed: int) -> pd
     *fewer, most = sorted(ks)
     table = speed(
         model,
-        {str(k): partial(_calling, model.layers, k) for k in fewer},
+        {str(k): partial(restricted, restrictions(model.layers, k, "as_is")) for k in fewer},
         length=length,
         seed=seed,
     )
     found = table[_COLUMNS].assign(tokens_per_pass=table["tokens"])
     found.insert(0, "k", [most, *fewer])
     return found.sort_values("k", ignore_index=True)
-
-
-@contextmanager
-def _calling(layers: Sequence[MoELayer], k: int) -> Iterator[None]:
-    with ExitStack() as stack:
-        for layer in layers:
-            stack.enter_context(layer.rerouting(partial(_largest, min(k, layer.top_k))))
-        yield
-
-
-def _largest(
-    k: int, experts: Int64[Tensor, "tokens top_k"], weights: Float[Tensor, "tokens top_k"]
-) -> tuple[Int64[Tensor, "tokens k"], Float[Tensor, "tokens k"]]:
-    """Fewer slots than the router filled, so that nothing else is computed."""
-    chosen = weights.topk(k, dim=1).indices
-    return experts.gather(1, chosen), weights.gather(1, chosen)
 
 
 def operations(model: MoEModel, options: TopkOptions) -> float:
