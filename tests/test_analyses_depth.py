@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import numpy as np
@@ -109,13 +110,16 @@ def test_curves_of_a_run_come_from_its_results(run):
     assert entropy.value.tolist() == expected.tolist()
 
 
-def test_results_are_read_again_every_time(run):
-    material = Material(run)
-    result = depth.compute(material, DepthOptions())
-    result.save(run.results_folder)
-    assert not depth.is_done(material, DepthOptions())
+def test_it_is_done_until_a_result_changes(run):
+    material, options = Material(run), DepthOptions()
+    result = depth.run(material, options)
+    assert depth.is_done(material, options)
     (figure,) = chapter("depth").draw(result)
     assert figure.specification()["facet"]
+    routed = routing_result(layers=6)
+    changed = {**routed.provenance, "options": {"seed": 1}}
+    dataclasses.replace(routed, provenance=changed).save(run.results_folder)
+    assert not depth.is_done(material, options)
 
 
 def test_a_run_without_measures_of_layers_is_refused(tmp_path):

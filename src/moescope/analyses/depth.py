@@ -1,6 +1,7 @@
 """Every measure of layers as a curve over depth, on one page (A Closer Look into MoE)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
@@ -16,11 +17,24 @@ class DepthOptions:
     """Options of `depth`: it has none, what it shows is set where it is measured."""
 
 
+def of_results(material: Material, _: DepthOptions) -> dict[str, Any]:
+    """What the curves rest on: the results that hold them, by where these come from."""
+    known = all_analyses()
+    provenance = {
+        name: dict(material.run.result(name).provenance)
+        for name in material.run.results()
+        if name in known and known[name].curves
+    }
+    models = {told["model"] for told in provenance.values() if "model" in told}
+    return {"model": ", ".join(sorted(models)), "results": provenance}
+
+
 @analysis(
     question="Which measures rise or fall from the first layer to the last?",
     source="A Closer Look into MoE (similarity by depth); trend tests ours",
-    needs={"results"},
+    needs=set(),
     options=DepthOptions,
+    basis=of_results,
 )
 def depth(material: Material, _: DepthOptions) -> Result:
     """Curves over depth of all results of the run, and whether they have a trend."""

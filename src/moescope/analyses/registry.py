@@ -25,7 +25,6 @@ Need = Literal[
     "shared_output",
     "token_loss",
     "live model",
-    "results",
 ]
 Options = TypeVar("Options")
 Compute = Callable[[Material, Options], Result]
@@ -101,11 +100,8 @@ class Analysis(Generic[Options]):
         return result
 
     def is_done(self, material: Material, options: Options) -> bool:
-        """Whether the run holds this result, of the same capture, options and versions.
-
-        Never where it is made of other results: these may be new.
-        """
-        if "results" in self.needs or self.name not in material.run.results():
+        """Whether the run holds this result, of the same capture, options and versions."""
+        if self.name not in material.run.results():
             return False
         found = material.run.result(self.name).provenance
         asked = json.loads(to_json(self._provenance(material, options)))

@@ -144,8 +144,8 @@ def _read_model(
 ) -> PreTrainedModel:
     weights(checkpoint)
     try:
-        with _bars_on_terminals_only():
-            loaded: Any = _auto_class(checkpoint, options["trust_remote_code"]).from_pretrained(
+        with bars_on_terminals_only():
+            loaded: Any = auto_class(checkpoint, options["trust_remote_code"]).from_pretrained(
                 checkpoint.folder,
                 dtype=dtype,
                 use_safetensors=True,
@@ -167,7 +167,7 @@ def _read_model(
     return model
 
 
-def _auto_class(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
+def auto_class(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
     """What reads the model whole: encoder and decoder, or what it has besides text if need be."""
     config = AutoConfig.from_pretrained(
         checkpoint.folder, local_files_only=True, trust_remote_code=trust_remote_code
@@ -234,7 +234,7 @@ def _require_finite(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def _bars_on_terminals_only() -> Iterator[None]:
+def bars_on_terminals_only() -> Iterator[None]:
     """Keep the progress bars of transformers out of log files."""
     bars: Any = logging
     silence = bars.is_progress_bar_enabled() and not sys.stderr.isatty()

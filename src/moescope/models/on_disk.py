@@ -24,7 +24,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from moescope.errors import ModelError
 from moescope.models.checkpoint import CONFIG, Checkpoint, first_line, locate, weights
 from moescope.models.discover import dense_layers, moe_layers
-from moescope.models.load import _auto_class, _bars_on_terminals_only
+from moescope.models.load import auto_class, bars_on_terminals_only
 from moescope.models.offload import resident
 from moescope.models.ported import deepseek
 from moescope.models.view import MoELayer, MoEModel
@@ -108,7 +108,7 @@ def _without_weights(checkpoint: Checkpoint, shards: list[Path]) -> PreTrainedMo
             )
         dtype = config.dtype or _first_dtype(shards)
         with torch.device("meta"):
-            model: PreTrainedModel = _auto_class(checkpoint, False).from_config(config, dtype=dtype)
+            model: PreTrainedModel = auto_class(checkpoint, False).from_config(config, dtype=dtype)
     except ModelError:
         raise
     except Exception as error:
@@ -165,7 +165,7 @@ def _read(model: PreTrainedModel, shards: _Shards, layer: MoELayer) -> Iterator[
         dtype=model.dtype, dtype_plan=plan, weight_mapping=shards.conversions
     )
     try:
-        with shards.tensors(modules) as tensors, _bars_on_terminals_only():
+        with shards.tensors(modules) as tensors, bars_on_terminals_only():
             convert_and_load_state_dict_in_model(model, tensors, config)
         _require_whole(model, modules, layer)
         yield
