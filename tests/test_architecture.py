@@ -16,7 +16,7 @@ MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 ORDER = [
     {"__main__"},
     {"cli"},
-    {"demo", "reproduction"},
+    {"demo", "reproduction", "comparison"},
     {"scheduler"},
     {"reports", "analyses"},
     {"evaluate"},

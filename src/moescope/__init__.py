@@ -15,11 +15,18 @@ if TYPE_CHECKING:
     from moescope.alignment.pairs import fit_pairs
     from moescope.alignment.samples import Samples
     from moescope.analyses.align import align
+    from moescope.analyses.attribute import attribute
+    from moescope.analyses.depth import depth
     from moescope.analyses.ensemble import ensemble
+    from moescope.analyses.lens import lens
+    from moescope.analyses.prune_domain import prune_domain
     from moescope.analyses.routing import routing
     from moescope.analyses.topk import topk
+    from moescope.analyses.tuned_lens import tuned_lens
+    from moescope.analyses.weights import weights
     from moescope.captures.read import Capture
     from moescope.captures.record import capture
+    from moescope.comparison import compare
     from moescope.corpora.corpus import Corpus
     from moescope.errors import MoEScopeError
     from moescope.experts.adapter import Adapter
@@ -50,20 +57,27 @@ _HOMES = {
     "Run": "runs",
     "Samples": "alignment.samples",
     "align": "analyses.align",
+    "attribute": "analyses.attribute",
     "capacity_curve": "alignment.capacity",
     "capture": "captures.record",
+    "compare": "comparison",
     "conformance": "models.conformance",
+    "depth": "analyses.depth",
     "ensemble": "analyses.ensemble",
     "fit": "alignment.fit",
     "fit_pairs": "alignment.pairs",
     "inspect": "models.inspection",
     "learning_curve": "alignment.learning",
+    "lens": "analyses.lens",
     "load": "models.load",
+    "prune_domain": "analyses.prune_domain",
     "report": "reports.write",
     "reproduce": "reproduction",
     "routing": "analyses.routing",
     "study": "scheduler",
     "topk": "analyses.topk",
+    "tuned_lens": "analyses.tuned_lens",
+    "weights": "analyses.weights",
 }
 _ROOMS = ("evaluate",)  # opened by name, such as `moescope.evaluate.loss`
 
@@ -83,20 +97,27 @@ __all__ = [
     "Samples",
     "__version__",
     "align",
+    "attribute",
     "capacity_curve",
     "capture",
+    "compare",
     "conformance",
+    "depth",
     "ensemble",
     "fit",
     "fit_pairs",
     "inspect",
     "learning_curve",
+    "lens",
     "load",
+    "prune_domain",
     "report",
     "reproduce",
     "routing",
     "study",
     "topk",
+    "tuned_lens",
+    "weights",
 ]
 
 

@@ -15,6 +15,7 @@ from moescope.analyses.material import Material
 from moescope.analyses.registry import Analysis, all_analyses
 from moescope.captures.options import CaptureOptions
 from moescope.captures.record import capture
+from moescope.comparison import compare
 from moescope.config import build, read_yaml
 from moescope.corpora.packing import Packing
 from moescope.demo import demo
@@ -25,6 +26,8 @@ from moescope.reports.write import report
 from moescope.reproduction import reproduce
 from moescope.runs import Result, to_json
 from moescope.scheduler import StudyConfig, open_corpus, plan, study
+from moescope.surgery.conversion import SplitOptions, UpcycleOptions, split, upcycle
+from moescope.surgery.conversion_result import Conversion, require_absent
 
 Json = Annotated[bool, tyro.conf.arg(name="json", help="Print JSON for scripts.")]
 CorpusArguments = Annotated[
@@ -57,6 +60,16 @@ class ModelOptions:
 Loading = OmitArgPrefixes[ModelOptions]
 
 
+@dataclass(frozen=True, kw_only=True)
+class DenseOptions:
+    """How a checkpoint that is to be converted is read."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a Hub model."""
+    dtype: Annotated[str, tyro.conf.arg(name="model-dtype")] = "auto"
+    """auto (as saved), bfloat16, float16, float32 or float64."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     try:
@@ -86,6 +99,9 @@ def commands() -> dict[str, Callable[..., None]]:
         "reproduce": reproduce_command,
         "capture": capture_command,
         "evaluate": evaluate_command,
+        "upcycle": upcycle_command,
+        "split": split_command,
+        "compare": compare_command,
         "report": report_command,
     }
     return fixed | {name: _command_of(entry) for name, entry in all_analyses().items()}
@@ -206,6 +222,50 @@ def evaluate_command(
         print(opened.name, table.to_string(index=False, float_format="%.4g"), sep="\n\n")
 
 
+def upcycle_command(
+    dense: Positional[str],
+    out: Path,
+    options: OmitArgPrefixes[UpcycleOptions] = UpcycleOptions(),  # noqa: B008
+    reading: OmitArgPrefixes[DenseOptions] = DenseOptions(),
+    as_json: Json = False,
+) -> None:
+    """Turn a dense model into a mixture of experts that are copies of its feed-forward layers.
+
+    Args:
+        dense: Hub id or local folder of a Llama, Mistral, Qwen2 or Qwen3 model.
+        out: Folder for the new model; it must not exist.
+    """
+    require_absent(out)
+    _show_conversion(upcycle(dense, options, **vars(reading)), out, as_json)
+
+
+def split_command(
+    dense: Positional[str],
+    out: Path,
+    options: OmitArgPrefixes[SplitOptions] = SplitOptions(),  # noqa: B008
+    reading: OmitArgPrefixes[DenseOptions] = DenseOptions(),
+    as_json: Json = False,
+) -> None:
+    """Turn a dense model into a mixture of experts that share out its feed-forward neurons.
+
+    Args:
+        dense: Hub id or local folder of a Llama, Mistral, Qwen2 or Qwen3 model.
+        out: Folder for the new model; it must not exist.
+    """
+    require_absent(out)
+    _show_conversion(split(dense, options, **vars(reading)), out, as_json)
+
+
+def compare_command(runs: Positional[tuple[Path, ...]], out: Path, as_json: Json = False) -> None:
+    """Put the measures of several runs side by side: checkpoints, sizes, relatives.
+
+    Args:
+        runs: Run folders with results, the one to hold the others against first.
+        out: Run folder for the comparison and its report.
+    """
+    _show_report(report(compare(runs, out)), as_json)
+
+
 def report_command(run: Positional[Path], as_json: Json = False) -> None:
     """Write the report of a run: one HTML file, figures and tables.
 
@@ -220,7 +280,10 @@ def _command_of(entry: Analysis[Any]) -> Callable[..., None]:
         _show(entry.run(Material(run), options), as_json)
 
     command.__annotations__["options"] = Annotated[entry.options, tyro.conf.OmitArgPrefixes]
-    command.__doc__ = f"{entry.question}\n\nArgs:\n    run: Run folder with a capture."
+    command.__doc__ = (
+        f"{entry.question}\n\n"
+        "Args:\n    run: Run folder; with a capture, unless a checkpoint is named."
+    )
     return command
 
 
@@ -236,6 +299,11 @@ def _sources(corpus: Sequence[str]) -> dict[str, str]:
 
 def _show(result: Result, as_json: bool) -> None:
     print(to_json(result.as_dict()) if as_json else result)
+
+
+def _show_conversion(conversion: Conversion, out: Path, as_json: bool) -> None:
+    conversion.save(out)
+    print(to_json(conversion.as_dict()) if as_json else f"{conversion}\nModel: {out}")
 
 
 def _show_report(path: Path, as_json: bool) -> None:
