@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from moescope.analyses.attribute import attribute
     from moescope.analyses.depth import depth
     from moescope.analyses.ensemble import ensemble
+    from moescope.analyses.health import health
     from moescope.analyses.lens import lens
     from moescope.analyses.prune_domain import prune_domain
     from moescope.analyses.routing import routing
@@ -66,6 +67,7 @@ _HOMES = {
     "ensemble": "analyses.ensemble",
     "fit": "alignment.fit",
     "fit_pairs": "alignment.pairs",
+    "health": "analyses.health",
     "inspect": "models.inspection",
     "learning_curve": "alignment.learning",
     "lens": "analyses.lens",
@@ -106,6 +108,7 @@ __all__ = [
     "ensemble",
     "fit",
     "fit_pairs",
+    "health",
     "inspect",
     "learning_curve",
     "lens",

@@ -41,7 +41,7 @@ class EnsembleOptions:
     options=EnsembleOptions,
     curves=(
         Curve(
-            measure="cosine of the best expert alone with all (routed experts)",
+            measure="cosine of the best expert with all",
             table="ensemble",
             value="median",
             limits=("median_low", "median_high"),

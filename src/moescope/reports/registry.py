@@ -5,7 +5,7 @@ still shows its findings and tables.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
@@ -37,6 +37,11 @@ class Figure:
     """How the chart fills the width of the page."""
     table: pd.DataFrame | None = None
     """The numbers of the chart, shown as a sortable table below it."""
+
+    def of_stack(self, stack: str) -> "Figure":
+        """The same, told apart from that of the other stack by name and title."""
+        title = f"{stack.capitalize()}: {self.title[0].lower()}{self.title[1:]}"
+        return replace(self, name=f"{self.name}-{stack}", title=title)
 
     def specification(self) -> dict[str, Any]:
         """The chart as Vega-Lite, with its data, title and description."""

@@ -51,7 +51,12 @@ def draw(result: Result) -> list[Figure]:
 def _means(frame: pd.DataFrame) -> Figure:
     runs = frame["run"].unique().tolist()
     order = frame["heading"].unique().tolist()
-    x = alt.X("run:N", sort=runs, title=None, axis=alt.Axis(labelAngle=-30, labelLimit=90))
+    x = alt.X(
+        "run:N",
+        sort=runs,
+        title=None,
+        axis=alt.Axis(labelAngle=-30, labelLimit=90, labelOverlap=False),
+    )
     scale = alt.Scale(zero=False)
     spread = (
         alt.Chart()
@@ -87,7 +92,7 @@ def _layers(frame: pd.DataFrame) -> Figure:
         "run:N",
         title=None,
         scale=alt.Scale(domain=runs, range="category"),
-        legend=alt.Legend(columns=4, symbolType="circle"),
+        legend=alt.Legend(columns=5, symbolType="circle", symbolOpacity=1),
     )
     spread = (
         alt.Chart()
