@@ -17,6 +17,7 @@ from moescope.analyses.attribute_path import direct_rates, final_states
 from moescope.analyses.attribute_prompts import Prompt, prompts_of, tokenised
 from moescope.analyses.material import Material
 from moescope.corpora.packing import Packing
+from moescope.corpora.tokens import SpecialTokens
 from moescope.errors import CorpusError, OptionError
 from moescope.evaluate.predictions import Targets, evaluating, forward, losses
 from moescope.interventions import replace_output
@@ -157,20 +158,24 @@ def test_where_there_is_no_direct_path_ablation_is_left(family):
 
 def test_ablation_is_what_evaluate_finds(model, result):
     table = result.table.set_index(["layer", "expert"])
+    batches = []
+    for prompt in PROMPTS:
+        ids = [*prompt.ids, prompt.answer]
+        corpus = moescope.Corpus.from_token_ids(
+            {"a": [ids]}, Packing(length=len(ids), packed=False)
+        )
+        batches += corpus.batches(None)
+
+    def last_losses():
+        with evaluating(model):
+            found = [losses(forward(model, b), Targets.of(b, model.device))[-1] for b in batches]
+        return torch.stack(found)
+
+    before = last_losses()
     for layer in model.layers:
         for expert in range(layer.num_experts):
-            rises = []
-            for prompt in PROMPTS:
-                ids = [*prompt.ids, prompt.answer]
-                corpus = moescope.Corpus.from_token_ids(
-                    {"a": [ids]}, Packing(length=len(ids), packed=False)
-                )
-                (batch,) = corpus.batches(None)
-                targets = Targets.of(batch, model.device)
-                with evaluating(model):
-                    before = losses(forward(model, batch), targets)[-1]
-                    with replace_output((layer, expert), 0.0):
-                        rises.append((losses(forward(model, batch), targets)[-1] - before).item())
+            with replace_output((layer, expert), 0.0):
+                rises = (last_losses() - before).tolist()
             found = table.loc[(layer.index, expert)]
             assert found.ablation_loss == pytest.approx(np.mean(rises), rel=1e-3, abs=1e-5)
             if not found.n_using:
@@ -241,15 +246,15 @@ def test_planted_facts_are_found_and_controls_are_not_affected():
         assert top.control_loss == 0
         assert table.drop(top.name)[measure].max() < top[measure] / 2
     assert (result.tables["prompts"]["rank"] == 1).all()
-    names = [figure.name for figure in chapter("attribute").draw(result)]
-    assert names == [
+    drawn = chapter("attribute").draw(result)
+    assert [figure.name for figure in drawn] == [
         "attribute-contribution",
         "attribute-ablation",
         "attribute-parts",
         "attribute-agreement",
         "attribute-controls",
     ]
-    for figure in chapter("attribute").draw(result):
+    for figure in drawn:
         assert figure.specification()["datasets"]
         assert figure.title.endswith("?")
     assert "10 places" in " ".join(finding.text for finding in result.findings)
@@ -315,6 +320,17 @@ def test_facts_are_read_from_tables_and_json_lines(reading, tmp_path):
         prompts_of(material, AttributeOptions(facts="facts.txt"))
 
 
+def test_done_only_with_the_facts_that_are_in_the_file_now(reading, tmp_path):
+    the_model, corpus, run = reading
+    (tmp_path / "a.csv").write_text("prompt,answer\nimport,os\n")
+    options = AttributeOptions(facts=str(tmp_path / "a.csv"), controls=0, shuffles=9, bootstrap=9)
+    material = Material(run, the_model, corpus)
+    attribute.run(material, options)
+    assert attribute.is_done(material, options)
+    (tmp_path / "a.csv").write_text("prompt,answer\nimport,re\n")
+    assert not attribute.is_done(material, options)
+
+
 def test_with_nothing_given_places_of_the_text_are_taken(reading):
     the_model, corpus, run = reading
     result = attribute(run, model=the_model, prompts=6, context=12, shuffles=50, bootstrap=50)
@@ -332,6 +348,17 @@ def test_with_nothing_given_places_of_the_text_are_taken(reading):
         assert any(row[i : i + len(ids)] == ids for row in rows for i in range(len(row)))
     again = attribute(run, model=the_model, prompt="import", controls=2, shuffles=9, bootstrap=9)
     assert again.table.n_controls[0] == 2
+
+
+def test_places_begin_as_the_tokenizer_begins_a_text(reading, monkeypatch):
+    the_model, _, run = reading
+    monkeypatch.setattr(SpecialTokens, "of", classmethod(lambda cls, _: cls(7, None, 0)))
+    for context in (4, 40):
+        options = AttributeOptions(prompts=6, context=context)
+        for prompt in prompts_of(Material(run, the_model), options):
+            assert prompt.ids[0] == 7
+            assert prompt.ids.count(7) == 1
+            assert len(prompt.ids) <= context + 1
 
 
 def test_options_that_do_not_go_together_are_refused():

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.decoders import Metaspace
+from tokenizers.models import BPE
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import captures_zoo
 import deviants_zoo
@@ -15,7 +18,8 @@ import models_zoo
 import moescope
 from moescope.analyses.lens import lens
 from moescope.analyses.lens_options import LensOptions
-from moescope.analyses.lens_prompt import visible
+from moescope.analyses.material import Material
+from moescope.analyses.prompts import visible
 from moescope.decoding.columns import columns_of
 from moescope.decoding.translators import Translators
 from moescope.errors import ModelError, OptionError
@@ -155,6 +159,22 @@ def test_translators_stand_before_the_readout_of_streams(result, model, run, cor
     assert tuned[same]["p_1"].tolist() == pytest.approx(plain[same]["p_1"].tolist())
 
 
+def test_done_only_with_the_translators_that_are_there_now(model, run, corpus, tmp_path):
+    options = LensOptions(translators=tmp_path, prompt=PROMPT, tokens=0, bootstrap=10)
+    material = Material(run, model, corpus)
+    assert not lens.is_done(material, options)
+    Translators.identity(model, [0, 1]).save(tmp_path)
+    result = lens.run(material, options)
+    assert "may have been trained on documents of this text" in result.findings[0].text
+    assert chapter("lens").draw(result)[0].limits.startswith("States of the stream passed")
+    assert lens.curves[0].read(result).empty
+    assert lens.is_done(material, options)
+    others = Translators.identity(model, [0, 1])
+    others.weights[0].fill_(0.1)
+    others.save(tmp_path)
+    assert not lens.is_done(material, options)
+
+
 def test_translators_of_another_model_are_refused(model, run, tmp_path):
     other = replace(Translators.identity(model, [0, 1]), model_fingerprint="another")
     other.save(tmp_path)
@@ -192,6 +212,8 @@ def test_refuses_options_that_do_not_fit(options, said):
 def test_a_prompt_needs_a_tokenizer_and_a_token(model, run):
     with pytest.raises(OptionError, match="without a tokenizer"):
         lens(run, model=replace(model, tokenizer=None), prompt=PROMPT, tokens=0)
+    with pytest.raises(OptionError, match="holds no token"):
+        lens(run, model=model, prompt="")
 
 
 def test_tokens_can_be_seen(tokenizer):
@@ -199,6 +221,24 @@ def test_tokens_can_be_seen(tokenizer):
         return "".join(visible(tokenizer, number) for number in tokenizer(text)["input_ids"])
 
     assert seen("a b\n\tc <i>") == "a\u00b7b\\n\\tc\u00b7<i>"
+
+
+def test_tokens_of_tokenizers_that_drop_the_first_space_show_it():
+    vocabulary = {"<unk>": 0, "\u2581Paris": 1, "is": 2, "\u2581": 3}
+    backend = Tokenizer(BPE(vocabulary, [], unk_token="<unk>"))
+    backend.decoder = Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    assert tokenizer.decode([1]) == "Paris"
+    assert [visible(tokenizer, n) for n in (1, 2, 3)] == ["\u00b7Paris", "is", "\u00b7"]
+
+
+def test_the_curve_is_that_of_layer_outputs(result):
+    (curve,) = lens.curves
+    frame = curve.read(result)
+    expected = rows(result.table, kind="output", domain="all")
+    assert frame["layer"].tolist() == [0, 1]
+    assert frame["value"].tolist() == expected["kl"].tolist()
+    assert (frame["low"] < frame["value"]).iloc[0]
 
 
 def test_figures(result, model, run):

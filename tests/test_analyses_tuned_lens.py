@@ -7,8 +7,8 @@ import deviants_zoo
 import models_zoo
 import moescope
 from evaluate_zoo import every_prediction, random_documents
-from moescope.analyses.registry import find
-from moescope.analyses.tuned_lens import judged, trained
+from moescope.analyses.material import Material
+from moescope.analyses.tuned_lens import judged, trained, tuned_lens
 from moescope.analyses.tuned_lens_options import TunedLensOptions, operations
 from moescope.corpora.corpus import Corpus
 from moescope.corpora.packing import Packing
@@ -129,21 +129,17 @@ def test_domains_and_documents_add_up(result):
     assert set(parts.status) == {"few_documents"}
 
 
-def test_training_helps_where_something_is_to_be_gained():
-    model = load(models_zoo.build("mixtral"))
-    options = TunedLensOptions(steps=40, checks=2, bootstrap=50)
-    corpus = text(60)
-    result = judged(model, corpus, fit(model, corpus, options), options)
-    gain = row(result.tables["gains"], against="logit", layer=0)
-    assert gain.kl < 0
-    assert result.findings[0].numbers["layer"] == 0
-    assert f"{-gain.kl:.3f}" in result.findings[0].text
+def test_training_helps_where_something_is_to_be_gained(result):
+    gains = result.tables["gains"]
+    gains = gains[(gains.domain == "all") & (gains.against == "logit")].set_index("layer")
+    assert (gains.kl[[0, 1]] < 0).all()
+    assert result.findings[0].numbers["layer"] == gains.kl.idxmin()
+    assert f"{-gains.kl.min():.3f}" in result.findings[0].text
 
 
 def test_translators_are_kept_and_used_again(model, tmp_path, monkeypatch):
-    moescope.capture(model, text(), tmp_path, record=("routing",))
-    call = find("tuned-lens")
-    result = call(tmp_path, model=model, corpus=text(), steps=4, checks=2, bootstrap=50)
+    moescope.capture(model, text(6), tmp_path, record=("routing",))
+    result = tuned_lens(tmp_path, model=model, corpus=text(6), steps=2, checks=1, bootstrap=5)
     folder = tmp_path / "translators"
     kept = Translators.load(folder)
     kept.require_model(model)
@@ -153,18 +149,24 @@ def test_translators_are_kept_and_used_again(model, tmp_path, monkeypatch):
         "moescope.analyses.tuned_lens.fit",
         lambda *arguments: trainings.append(arguments) or fit(*arguments),
     )
-    again = call(tmp_path, model=model, corpus=text(), steps=4, checks=2, bootstrap=60)
+    again = tuned_lens(tmp_path, model=model, corpus=text(6), steps=2, checks=1, bootstrap=6)
     assert not trainings
+    material = Material(tmp_path, model, text(6))
+    done = TunedLensOptions(steps=2, checks=1, bootstrap=6)
+    assert tuned_lens.is_done(material, done)
+    (folder / "translators.json").rename(tmp_path / "away")
+    assert not tuned_lens.is_done(material, done)
+    (tmp_path / "away").rename(folder / "translators.json")
     columns = ["lens", "kl", "agreement", "loss"]
     pd.testing.assert_frame_equal(result.table[columns], again.table[columns])
-    longer = TunedLensOptions(steps=5, checks=1)
-    trained(model, text(), longer, folder)
+    other = TunedLensOptions(steps=1, checks=1)
+    trained(model, text(6), other, folder)
     assert len(trainings) == 1
-    trained(model, text().limited(400), longer, folder)
+    trained(model, text(6).limited(150), other, folder)
     assert len(trainings) == 2
     (folder / "translators.safetensors").write_bytes(b"")
     with pytest.raises(ModelError, match="delete"):
-        trained(model, text().limited(400), longer, folder)
+        trained(model, text(6).limited(150), other, folder)
 
 
 def test_an_interrupted_training_leaves_nothing(model, tmp_path, monkeypatch):
@@ -179,12 +181,11 @@ def test_an_interrupted_training_leaves_nothing(model, tmp_path, monkeypatch):
 
 def test_an_encoder_decoder_is_judged_without_a_loss():
     model = load(deviants_zoo.switch())
-    options = TunedLensOptions(steps=2, checks=1, bootstrap=50)
-    result = judged(model, text(), fit(model, text(), options), options)
+    options, corpus = TunedLensOptions(steps=1, checks=1, bootstrap=50), text(5)
+    result = judged(model, corpus, fit(model, corpus, options), options)
     decoder = {layer.index for layer in model.layers if layer.stack == "decoder"}
     assert set(result.table.layer.dropna()) == decoder
     assert "loss" not in result.table
-    assert [figure.name for figure in chapter("tuned-lens").draw(result)]
 
 
 def test_models_whose_states_cannot_be_decoded_are_refused():
@@ -197,6 +198,13 @@ def test_models_whose_states_cannot_be_decoded_are_refused():
 def test_too_few_documents_are_refused(model):
     with pytest.raises(CorpusError, match="part"):
         fit(model, Corpus.from_token_ids({"a": [[5, 6, 7, 8]]}), OPTIONS)
+
+
+def test_the_curve_is_that_of_the_tuned_lens(result):
+    (curve,) = tuned_lens.curves
+    frame = curve.read(result)
+    assert frame["layer"].tolist() == [0, 1, 2]
+    assert frame["value"][0] == row(result.table, lens="tuned", layer=0).kl
 
 
 def test_figures_and_work(model, result):

@@ -8,8 +8,9 @@ from captures_zoo import contents
 from evaluate_zoo import random_documents
 from moescope.corpora.corpus import Corpus
 from moescope.corpora.packing import Packing
+from moescope.decoding.lens import divergence
 from moescope.decoding.training import TrainingOptions, fit
-from moescope.decoding.training_states import States, StateSource, belongs, divergence
+from moescope.decoding.training_states import States, StateSource, belongs
 from moescope.decoding.translators import Translators
 from moescope.errors import CorpusError, ModelError, OptionError
 from moescope.models.load import load

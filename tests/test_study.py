@@ -1,9 +1,11 @@
 import pytest
 
+import deviants_zoo
 import moescope
 from moescope.analyses.registry import find
 from moescope.config import build
 from moescope.errors import CaptureError, OptionError
+from moescope.models.load import load
 from moescope.scheduler import plan
 
 CONFIG = {
@@ -75,3 +77,13 @@ def test_a_bad_study_is_refused_before_anything_is_computed(tiny, tmp_path, conf
     with pytest.raises(OptionError, match=message):
         moescope.study(tiny, tmp_path, config)
     assert not any(tmp_path.iterdir())
+
+
+def test_losses_are_not_asked_of_an_encoder_decoder(tiny, tmp_path):
+    tokenizer = tiny.tokenizer
+    model = load(deviants_zoo.switch(vocab_size=len(tokenizer)), tokenizer=tokenizer)
+    config = CONFIG | {"packing": {"max_tokens": 2_000}, "analyses": {"health": {}}}
+    planned = plan(model, tmp_path, config)
+    assert planned.record == ("routing",)
+    assert planned.seconds["capture"] > 0
+    assert plan(tiny, tmp_path, config).record == ("routing", "token_loss")

@@ -15,7 +15,7 @@ from moescope.analyses.registry import Analysis, find
 from moescope.captures.options import CaptureOptions
 from moescope.captures.read import Capture
 from moescope.captures.record import capture
-from moescope.captures.registry import RECORDABLE, BlockTensor, recordable
+from moescope.captures.registry import RECORDABLE, BlockTensor, LogitsTensor, recordable
 from moescope.captures.shards import SHARD_BYTES, SPILL_BYTES
 from moescope.config import build
 from moescope.corpora.corpus import Corpus
@@ -104,7 +104,7 @@ def study(
     """
     config = _config(config)
     chosen = _chosen(config)
-    options = _capture_options(config, chosen)
+    options = _capture_options(config, chosen, model)
     corpus = open_corpus(config.corpus, config.packing)
     capture(model, corpus, out, **vars(options))
     material = Material(out, model, corpus)
@@ -122,7 +122,7 @@ def plan(
     """What `study` with the same arguments would do; reads the text and times the model."""
     config = _config(config)
     chosen = _chosen(config)
-    options = _capture_options(config, chosen)
+    options = _capture_options(config, chosen, model)
     corpus = open_corpus(config.corpus, config.packing)
     run = Run(out)
     captured = Capture.exists(run)
@@ -171,9 +171,15 @@ def _chosen(config: StudyConfig) -> list[tuple[Analysis[Any], Any]]:
 
 
 def _capture_options(
-    config: StudyConfig, chosen: list[tuple[Analysis[Any], Any]]
+    config: StudyConfig, chosen: list[tuple[Analysis[Any], Any]], model: MoEModel
 ) -> CaptureOptions:
+    """With what the analyses need; losses only of models that go on with a text.
+
+    An analysis that cannot do without says so.
+    """
     needs = {need for entry, _ in chosen for need in entry.needs if need in RECORDABLE}
+    if model.model.config.is_encoder_decoder:
+        needs = {need for need in needs if not isinstance(recordable(need), LogitsTensor)}
     return replace(config.capture, record=tuple(sorted({"routing"} | needs)))
 
 
@@ -182,11 +188,7 @@ def _seconds_per_row(model: MoEModel, batches: list[Batch]) -> float:
     for batch in batches:
         start = time.perf_counter()
         with torch.inference_mode():
-            model.model(
-                input_ids=batch.input_ids.to(model.device),
-                attention_mask=batch.attention_mask.to(model.device),
-                use_cache=False,
-            )
+            model.forward(batch.input_ids, batch.attention_mask, head=True)
         seconds.append((time.perf_counter() - start) / len(batch.input_ids))
     return min(seconds[1:] or seconds)
 

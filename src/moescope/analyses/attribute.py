@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,7 +25,9 @@ from moescope.analyses.attribute_tables import (
     predictions,
 )
 from moescope.analyses.material import Material
-from moescope.analyses.registry import analysis
+from moescope.analyses.registry import analysis, of_capture
+from moescope.analyses.work import parameters_met
+from moescope.corpora.files import files_sha256
 from moescope.errors import CaptureError, ModelError
 from moescope.evaluate.predictions import evaluating
 from moescope.evaluate.totals import Resampling
@@ -34,13 +38,16 @@ from moescope.runs import Finding, Result
 
 def _operations(model: MoEModel, options: AttributeOptions) -> float:
     """Floating-point operations where the prompts are places of the captured text."""
-    total = sum(parameter.numel() for parameter in model.model.parameters())
-    idle = sum(
-        (layer.num_experts - layer.top_k) * 3 * layer.hidden_size * layer.intermediate_size
-        for layer in model.layers
-    )
     passes = 3 + sum(layer.num_experts for layer in model.layers)
-    return 2.0 * (total - idle) * passes * options.prompts * options.context
+    return 2.0 * parameters_met(model) * passes * options.prompts * options.context
+
+
+def of_facts(material: Material, options: AttributeOptions) -> dict[str, Any]:
+    """What a result rests on: the capture, and the content of the file of facts."""
+    if options.facts is None:
+        return of_capture(material, options)
+    path = Path(options.facts)
+    return of_capture(material, options) | {"facts_sha256": files_sha256([(path.name, path)])}
 
 
 @analysis(
@@ -49,6 +56,7 @@ def _operations(model: MoEModel, options: AttributeOptions) -> float:
     needs={"live model"},
     options=AttributeOptions,
     work=_operations,
+    basis=of_facts,
 )
 def attribute(material: Material, options: AttributeOptions) -> Result:
     """Direct contribution to the logit of an answer, and loss of it under ablation, by expert."""

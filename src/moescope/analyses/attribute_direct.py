@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moescope.analyses.attribute_passes import PromptBatch
 from moescope.analyses.attribute_path import direct_rates, final_states
-from moescope.analyses.ensemble_parts import terms_of
+from moescope.decoding.columns import terms_of
 from moescope.errors import ModelError
 from moescope.interventions.functions import Expert
 from moescope.measures.attribution import Norm
@@ -131,7 +131,7 @@ class _Reading:
                 batch.last(tensor.reshape(len(last), -1, tensor.shape[-1]))
                 for tensor in (one.input, one.routing.experts, one.routing.weights)
             )
-            terms = terms_of(layer, x.cpu(), experts.cpu(), weights.cpu())
+            terms = terms_of(layer, x, experts, weights).cpu()
             routed[layer] = Added(experts.cpu(), rate[:, None, None] * self._to_logits(terms))
             beside = layer.shared_output(x) if layer.shared_in_block else None
             if beside is not None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from moescope.analyses.attribute_options import AttributeOptions
 from moescope.analyses.material import Material
+from moescope.analyses.prompts import tokenizer_of
 from moescope.corpora.corpus import Corpus
 from moescope.corpora.sources import parse
 from moescope.corpora.tokens import SpecialTokens
@@ -62,12 +63,7 @@ def tokenised(model: MoEModel, name: str, prompt: str, answer: str) -> Prompt:
     Raises:
         OptionError: The model has no tokenizer, or there are no tokens in the prompt or the answer.
     """
-    if model.tokenizer is None:
-        raise OptionError(
-            f"a prompt is text, and the model {model.name!r} came without a tokenizer",
-            remedy="Load it with `tokenizer=...`; or give no prompt, and the captured text is used",
-        )
-    tokenizer: Any = model.tokenizer
+    tokenizer: Any = tokenizer_of(model)
     if model.model.config.is_encoder_decoder:
         ids = tokenizer(prompt)["input_ids"]
         target = tokenizer(answer, add_special_tokens=False)["input_ids"]
@@ -108,7 +104,8 @@ def places_of(material: Material, count: int, options: AttributeOptions) -> list
     """Random places of the captured text, one in each of the first documents.
 
     Only predictions that count (`Targets`), in the first row of a document; the prompt is what
-    stands before, at most `context` tokens and of the same document.
+    stands before, at most `context` tokens and of the same document, after the token that a text
+    begins with, if the tokenizer has one.
 
     Raises:
         CaptureError: The captured text cannot be read again.
@@ -121,6 +118,7 @@ def places_of(material: Material, count: int, options: AttributeOptions) -> list
 
 def _places(corpus: Corpus, model: MoEModel, options: AttributeOptions) -> Iterator[Prompt]:
     generator = np.random.default_rng(options.seed)
+    beginning = SpecialTokens.of(model.tokenizer).begin
     names: dict[int, str] = {}
     done = set[int]()
     for batch in corpus.batches(model.tokenizer):
@@ -138,4 +136,7 @@ def _places(corpus: Corpus, model: MoEModel, options: AttributeOptions) -> Itera
             place = int(generator.choice(late if len(late) else mine[-1:]))
             begin = max(start, place + 1 - options.context)
             done.add(document)
-            yield Prompt(names[document], ids[begin : place + 1].tolist(), int(ids[place + 1]))
+            before = ids[begin : place + 1].tolist()
+            if beginning is not None and before[0] != beginning:
+                before = [beginning, *before]
+            yield Prompt(names[document], before, int(ids[place + 1]))

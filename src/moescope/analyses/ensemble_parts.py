@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from jaxtyping import Float, Int64
@@ -11,6 +10,7 @@ from torch import Tensor
 from moescope.captures.places import Place
 from moescope.captures.read import Capture
 from moescope.captures.shards import read_tensor
+from moescope.decoding.columns import terms_of
 from moescope.errors import CaptureError
 from moescope.models.view import MoELayer
 
@@ -103,36 +103,13 @@ def _recorded(capture: Capture, layer: MoELayer) -> Iterator[tuple[Tensor, Tenso
 def _parts(
     layer: MoELayer, chosen: Chosen, tokens: Tensor, inputs: Tensor, residual: Tensor
 ) -> Parts:
-    terms = terms_of(layer, inputs, chosen.experts[tokens], chosen.weights[tokens])
+    x = _beside(layer, inputs)
+    terms = terms_of(layer, x, chosen.experts[tokens], chosen.weights[tokens]).cpu()
     rows = torch.arange(len(tokens))
     parts = {name: terms[rows, slot[tokens]] for name, slot in chosen.slots.items()}
     parts |= {"all": terms.sum(1), "input": inputs.float(), "residual": residual.float()}
-    shared = layer.shared_output(_beside(layer, inputs))
+    shared = layer.shared_output(x)
     return parts if shared is None else parts | {"shared": shared.float().cpu()}
-
-
-def terms_of(
-    layer: MoELayer,
-    x: Float[Tensor, "tokens hidden"],
-    experts: Int64[Tensor, "tokens top_k"],
-    weights: Float[Tensor, "tokens top_k"],
-) -> Float[Tensor, "tokens top_k hidden"]:
-    """What each of its experts adds to the output of the block for a token, in fp32.
-
-    An expert is computed for the tokens that used it, and no others.
-    """
-    given, mass = _beside(layer, x), _beside(layer, weights)
-    terms = torch.zeros(*experts.shape, x.shape[1])
-    for expert in torch.unique(experts[experts >= 0]).tolist():
-        tokens, slots = torch.where(experts == expert)
-        function = partial(_output, layer, expert)
-        added = layer.weigh(function, given[tokens], mass[tokens, slots])
-        terms[tokens, slots] = added.float().cpu()
-    return terms
-
-
-def _output(layer: MoELayer, expert: int, x: Tensor) -> Tensor:
-    return layer.expert_outputs(x, [expert])[0].to(x)
 
 
 def _beside(layer: MoELayer, tensor: Tensor) -> Tensor:

@@ -76,6 +76,7 @@ def corpus_table(lens: Lens, corpus: Corpus, resampling: Resampling) -> pd.DataF
                 "stack": layer.stack,
                 "layer": layer.index,
                 "column": column.label(layer),
+                "translated": lens.translation is not None and column.has_stream,
             }
             place |= column._asdict()
             if (number, column) not in totals:

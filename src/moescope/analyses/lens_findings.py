@@ -17,7 +17,9 @@ def findings(table: pd.DataFrame, model: MoEModel, translators: Path | None) -> 
         found.append(
             Finding(
                 text="States of the residual stream passed through the translators in "
-                f"{translators} before they were decoded (tuned lens)."
+                f"{translators} before they were decoded (tuned lens). These may have been trained "
+                "on documents of this text, and were trained on layer outputs alone: columns "
+                "within a layer are outside what they were trained for."
             )
         )
     found += [*_outputs(overall[overall["kind"] == "output"]), *_one_expert(overall)]
@@ -37,8 +39,9 @@ def findings(table: pd.DataFrame, model: MoEModel, translators: Path | None) -> 
                 "follows them."
             )
         )
-    if (overall["status"] == "few_documents").any():
-        few = int(overall["n_documents"].min())
+    outputs = overall[overall["kind"] == "output"]
+    if (outputs["status"] == "few_documents").any():
+        few = int(outputs["n_documents"].max())
         found.append(Finding(text=f"No intervals: the text holds {few} documents."))
     return found
 
@@ -67,12 +70,14 @@ def _one_expert(overall: pd.DataFrame) -> list[Finding]:
     by_kind = chosen.pivot_table(index="layer", columns="kind", values="kl")
     if not set(kinds.values()) <= set(by_kind.columns):
         return []
-    medians = by_kind.dropna()[list(kinds.values())].median()
+    layers = by_kind.dropna()[list(kinds.values())]
+    medians = layers.median()
     none, one, every = (float(medians[kind]) for kind in kinds.values())
+    shared = "the shared expert and " if (overall["kind"] == "shared").any() else ""
     text = (
-        f"In the median layer the residual stream before the block is {none:.3f} nats from the "
-        f"final prediction, with the expert of the largest weight {one:.3f}, with all of them "
-        f"{every:.3f}."
+        f"Median over {len(layers)} layers of the KL to the final prediction: {none:.3f} nats "
+        f"before the block, {one:.3f} with {shared}the expert of the largest weight, {every:.3f} "
+        "after the layer."
     )
     return [Finding(text=text, numbers={"residual": none, "one": one, "all": every})]
 

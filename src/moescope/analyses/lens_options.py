@@ -28,7 +28,7 @@ class LensOptions:
     def __post_init__(self) -> None:
         if self.tokens < 0:
             raise OptionError("tokens is too small", got=self.tokens, expected="at least 0")
-        if not self.tokens and not self.prompt:
+        if not self.tokens and self.prompt is None:
             raise OptionError("there is no text to read", remedy="Give a prompt, or some tokens")
 
 

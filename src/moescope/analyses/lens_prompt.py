@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from moescope.analyses.lens_corpus import Lens
+from moescope.analyses.prompts import tokenizer_of, visible
 from moescope.corpora.corpus import Corpus
 from moescope.corpora.packing import Packing
 from moescope.decoding.columns import Kind, watch
@@ -23,7 +24,7 @@ def prompt_ids(lens: Lens, prompt: str) -> list[int]:
     Raises:
         OptionError: The model has no tokenizer, or the prompt holds no token.
     """
-    ids = _tokenizer(lens)(prompt)["input_ids"]
+    ids = tokenizer_of(lens.readout.model)(prompt)["input_ids"]
     if not ids:
         raise OptionError("the prompt holds no token", got=repr(prompt))
     return [int(number) for number in ids]
@@ -45,7 +46,7 @@ def prompt_table(lens: Lens, ids: list[int]) -> pd.DataFrame:
     row = torch.tensor([ids])
     everywhere = torch.arange(len(ids))
     last, layers = watch(lens.readout, lens.endings, row, torch.ones_like(row), everywhere)
-    tokenizer = _tokenizer(lens)
+    tokenizer = tokenizer_of(lens.readout.model)
     tokens = [visible(tokenizer, number) for number in ids]
     parts = decoded(lens.readout, last, layers, lens.translation)
     frame = pd.concat([_rows(part, tokens, tokenizer) for part in parts], ignore_index=True)
@@ -54,23 +55,6 @@ def prompt_table(lens: Lens, ids: list[int]) -> pd.DataFrame:
     return frame.sort_values(
         order, key=lambda c: c.map(kinds) if c.name == "kind" else c, ignore_index=True
     )
-
-
-def visible(tokenizer: PreTrainedTokenizerBase, number: int) -> str:
-    """A token as it can be seen: a dot for each space, escapes for what cannot be printed."""
-    text = str(tokenizer.decode([number], clean_up_tokenization_spaces=False))
-    seen = (c if c.isprintable() else repr(c)[1:-1] for c in text)
-    return "".join(seen).replace(" ", "\u00b7")
-
-
-def _tokenizer(lens: Lens) -> PreTrainedTokenizerBase:
-    tokenizer = lens.readout.model.tokenizer
-    if tokenizer is None:
-        raise OptionError(
-            "a prompt is text, and the model came without a tokenizer",
-            remedy="Load the model with `tokenizer=...`",
-        )
-    return tokenizer
 
 
 def _rows(part: Decoded, tokens: list[str], tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:

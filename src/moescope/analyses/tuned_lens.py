@@ -2,16 +2,18 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
+from moescope.analyses.curves import Curve
 from moescope.analyses.material import Material
-from moescope.analyses.registry import analysis
+from moescope.analyses.registry import analysis, of_capture
 from moescope.analyses.tuned_lens_controls import Controls
 from moescope.analyses.tuned_lens_findings import findings
 from moescope.analyses.tuned_lens_options import TunedLensOptions, operations
 from moescope.analyses.tuned_lens_tables import Lenses, gain_table, lens_table
-from moescope.corpora.corpus import Corpus
+from moescope.corpora.corpus import RESERVED_DOMAIN, Corpus
 from moescope.decoding.training import fit, training_key
 from moescope.decoding.training_states import StateSource
 from moescope.decoding.translators import Translators
@@ -20,12 +22,31 @@ from moescope.models.view import MoEModel
 from moescope.runs import Result, to_json
 
 
+def _folder(material: Material) -> Path:
+    return material.run.path / "translators"
+
+
+def of_translators(material: Material, options: TunedLensOptions) -> dict[str, Any]:
+    """What a result rests on: the capture, and the translators beside it."""
+    return of_capture(material, options) | {"translators": Translators.digest(_folder(material))}
+
+
 @analysis(
     question="What would the states after each layer predict, put in the terms of the last one?",
     source="Tuned lens (Belrose et al. 2023, arXiv 2303.08112)",
     needs={"live model"},
     options=TunedLensOptions,
     work=operations,
+    basis=of_translators,
+    curves=(
+        Curve(
+            measure="KL of the tuned lens to the final prediction (nats)",
+            table="tuned-lens",
+            value="kl",
+            limits=("kl_low", "kl_high"),
+            where={"lens": "tuned", "domain": RESERVED_DOMAIN},
+        ),
+    ),
 )
 def tuned_lens(material: Material, options: TunedLensOptions) -> Result:
     """Trains the translators of the sparse decoder layers, and holds them against the logit lens.
@@ -33,7 +54,7 @@ def tuned_lens(material: Material, options: TunedLensOptions) -> Result:
     They are kept in RUN/translators, and used again where model, text and training are the same.
     """
     model, corpus = material.model, material.text(options.tokens)
-    translators = trained(model, corpus, options, material.run.path / "translators")
+    translators = trained(model, corpus, options, _folder(material))
     return judged(model, corpus, translators, options)
 
 

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from moescope.decoding.lens import chunks, log_probabilities
 from moescope.decoding.training_states import StateSource
 from moescope.decoding.translators import Translators
 
@@ -33,8 +34,8 @@ class Controls:
         with torch.no_grad():
             for states in source.states("training"):
                 shifts.append((states.last - states.layers).sum(1).double().cpu())
-                for some in source.chunks(len(states.last)):
-                    final = source.log_probabilities(states.last[some])
+                for some in chunks(source.readout, len(states.last)):
+                    final = log_probabilities(source.readout, states.last[some])
                     predictions.append(final.exp().sum(0).double().cpu())
                 tokens += len(states.last)
                 if tokens >= _TOKENS:

@@ -61,7 +61,7 @@ def _layers(gained: pd.DataFrame) -> list[Finding]:
     text += " (interval beside 0, without correction for their number)."
     same = against[against["kl"] == 0]["layer"]
     if len(same):
-        text += f" Nothing was to be gained after layer {', '.join(map(str, same))}."
+        text += f" Nothing was gained after layer {', '.join(map(str, same))}."
     return [Finding(text=text, numbers={"better": len(better), "layers": len(against)})]
 
 
@@ -101,8 +101,9 @@ def _course(course: pd.DataFrame) -> list[Finding]:
     fall = ((before - after) / before.where(before > 0)).max()
     if pd.isna(fall):
         return []
+    gain = f"by {fall:.1%} at most" if fall > 0 else "after no layer"
     text = (
         f"The last {kl.index[-1] - kl.index[-2]} of {kl.index[-1]} steps lowered the KL on the "
-        f"documents of the choice by {fall:.1%} at most."
+        f"documents of the choice {gain}."
     )
     return [Finding(text=text, numbers={"fall": fall})]

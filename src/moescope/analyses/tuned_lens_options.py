@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from moescope.analyses.work import parameters_met
 from moescope.corpora.packing import Packing
 from moescope.decoding.training import TrainingOptions
 from moescope.errors import OptionError
@@ -27,14 +28,9 @@ class TunedLensOptions(TrainingOptions):
 def operations(model: MoEModel, options: TunedLensOptions) -> float:
     """Floating-point operations of training and of the comparison, at the usual size of batches."""
     layers = [layer for layer in model.layers if layer.stack == "decoder"]
-    network = sum(parameter.numel() for parameter in model.model.parameters())
-    network -= sum(
-        (layer.num_experts - layer.top_k) * 3 * layer.hidden_size * layer.intermediate_size
-        for layer in layers
-    )
     unembedding = sum(p.numel() for p in model.model.get_input_embeddings().parameters())
     trained = options.steps * Packing().rows * Packing().length
     return 2.0 * (
-        (trained + options.tokens) * network
+        (trained + options.tokens) * parameters_met(model)
         + (2 * trained + options.tokens) * len(layers) * unembedding
     )

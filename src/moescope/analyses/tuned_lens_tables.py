@@ -10,7 +10,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from moescope.corpora.packing import Batch
-from moescope.decoding.training_states import States, StateSource, belongs, divergence
+from moescope.decoding.lens import chunks, divergence, log_probabilities
+from moescope.decoding.training_states import States, StateSource, belongs
 from moescope.decoding.translators import Translators
 from moescope.errors import CorpusError
 from moescope.evaluate.predictions import Targets, evaluating
@@ -73,7 +74,7 @@ class Lenses:
     def _columns(self, states: States, targets: Targets) -> dict[Judged, Columns]:
         parts = [
             self._measured(States(states.last[some], states.layers[:, some]), targets.ids[some])
-            for some in self.source.chunks(len(states.last))
+            for some in chunks(self.source.readout, len(states.last))
         ]
         return {
             judged: {name: torch.cat([part[judged][name] for part in parts]) for name in columns}
@@ -81,7 +82,7 @@ class Lenses:
         }
 
     def _measured(self, states: States, ids: Int64[Tensor, " tokens"]) -> dict[Judged, Columns]:
-        final = self.source.log_probabilities(states.last)
+        final = log_probabilities(self.source.readout, states.last)
         constant = self._measures(final, self.constant.to(final).expand_as(final), ids)
         measured = {
             Judged("model", None): self._measures(final, final, ids),
@@ -90,7 +91,9 @@ class Lenses:
         for number, layer in enumerate(self.source.layers):
             found = {"constant": constant}
             for lens, translators in self.translators.items():
-                own = self.source.log_probabilities(translators(layer, states.layers[number]))
+                own = log_probabilities(
+                    self.source.readout, translators(layer, states.layers[number])
+                )
                 found[lens] = self._measures(final, own, ids)
                 measured[Judged(lens, layer)] = found[lens]
             differences = {
@@ -108,7 +111,7 @@ class Lenses:
         ids: Int64[Tensor, " tokens"],
     ) -> Columns:
         measures = {
-            "kl": divergence(final, own).clamp_min(0),  # rounding may go below 0
+            "kl": divergence(final, own),
             "agreement": (own.argmax(-1) == final.argmax(-1)).float(),
         }
         if not self.source.readout.model.model.config.is_encoder_decoder:

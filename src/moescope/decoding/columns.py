@@ -130,12 +130,12 @@ def terms_of(
 
     An expert is computed for the tokens that used it, and no others; unused slots add nothing.
     """
+    chosen, mass = experts.to(x.device), weights.to(x)
     terms = x.new_zeros(*experts.shape, x.shape[1], dtype=torch.float32)
-    for expert in torch.unique(experts[experts >= 0]).tolist():
-        tokens, slots = torch.where(experts == expert)
+    for expert in torch.unique(chosen[chosen >= 0]).tolist():
+        tokens, slots = torch.where(chosen == expert)
         function = partial(_output, layer, expert)
-        added = layer.weigh(function, x[tokens], weights[tokens, slots].to(x))
-        terms[tokens, slots] = added.to(terms)
+        terms[tokens, slots] = layer.weigh(function, x[tokens], mass[tokens, slots]).to(terms)
     return terms
 
 

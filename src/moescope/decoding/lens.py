@@ -18,18 +18,6 @@ Translation = Callable[[int, Float[Tensor, "tokens hidden"]], Float[Tensor, "tok
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Final:
-    """What the model itself predicts at some positions."""
-
-    log_probabilities: Float[Tensor, "tokens vocabulary"]
-    """Over the whole vocabulary, in nats."""
-    probabilities: Float[Tensor, "tokens vocabulary"]
-    """The same, as probabilities."""
-    likeliest: Int64[Tensor, " tokens"]
-    """The token of the largest."""
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
 class Decoded:
     """What one column of one layer predicts at some positions."""
 
@@ -41,21 +29,20 @@ class Decoded:
     """What was decoded."""
     log_probabilities: Float[Tensor, "tokens vocabulary"]
     """Over the whole vocabulary, in nats."""
-    final: Final
-    """The model's own prediction."""
+    final: Float[Tensor, "tokens vocabulary"]
+    """The model's own."""
     positions: slice
     """Which of the positions that were given."""
 
     @property
     def divergence(self) -> Float[Tensor, " tokens"]:
         """KL(final || column) in nats."""
-        missing = self.final.log_probabilities - self.log_probabilities
-        return (self.final.probabilities * missing).sum(-1).clamp_min(0)  # rounding may go below
+        return divergence(self.final, self.log_probabilities)
 
     @property
     def agreement(self) -> Float[Tensor, " tokens"]:
         """1 where the likeliest token is that of the model, 0 elsewhere."""
-        return (self.log_probabilities.argmax(-1) == self.final.likeliest).float()
+        return (self.log_probabilities.argmax(-1) == self.final.argmax(-1)).float()
 
     def loss(self, ids: Int64[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
         """Negative log-likelihood of these tokens, in nats."""
@@ -80,11 +67,8 @@ def decoded(
         layers: The states of each layer at the same positions.
         translation: Put before the readout for states of the stream (a tuned lens).
     """
-    size = max(1, _VALUES_AT_ONCE // readout.vocabulary)
-    for start in range(0, len(last), size):
-        some = slice(start, start + size)
-        own = _log_probabilities(readout, last[some])
-        final = Final(log_probabilities=own, probabilities=own.exp(), likeliest=own.argmax(-1))
+    for some in chunks(readout, len(last)):
+        final = log_probabilities(readout, last[some])
         for number, layer in enumerate(layers):
             states = layer[some]
             for column, stream in states.columns():
@@ -94,13 +78,27 @@ def decoded(
                     number=number,
                     states=states,
                     column=column,
-                    log_probabilities=_log_probabilities(readout, stream),
+                    log_probabilities=log_probabilities(readout, stream),
                     final=final,
                     positions=some,
                 )
 
 
-def _log_probabilities(
+def chunks(readout: Readout, tokens: int) -> Iterator[slice]:
+    """So few positions at a time that their logits stay small."""
+    size = max(1, _VALUES_AT_ONCE // readout.vocabulary)
+    return (slice(start, start + size) for start in range(0, tokens, size))
+
+
+def log_probabilities(
     readout: Readout, states: Float[Tensor, "tokens hidden"]
 ) -> Float[Tensor, "tokens vocabulary"]:
+    """What states of the residual stream predict, over the whole vocabulary, in nats."""
     return readout.logits(states).float().log_softmax(-1)
+
+
+def divergence(
+    final: Float[Tensor, "tokens vocabulary"], own: Float[Tensor, "#tokens vocabulary"]
+) -> Float[Tensor, " tokens"]:
+    """KL(final || own) in nats, from log probabilities."""
+    return (final.exp() * (final - own)).sum(-1).clamp_min(0)  # rounding may go below

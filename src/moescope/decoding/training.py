@@ -11,7 +11,8 @@ from torch.nn.functional import cross_entropy
 
 from moescope.alignment.optimiser import newton_schulz
 from moescope.corpora.corpus import Corpus
-from moescope.decoding.training_states import States, StateSource, divergence
+from moescope.decoding.lens import chunks, divergence, log_probabilities
+from moescope.decoding.training_states import States, StateSource
 from moescope.decoding.translators import Translators
 from moescope.errors import OptionError
 from moescope.models.view import MoEModel
@@ -114,7 +115,7 @@ class _Fitting:
             return
         gradient = torch.zeros_like(self._matrices)
         tokens = len(states.last)
-        for some in self.source.chunks(tokens):
+        for some in chunks(self.source.readout, tokens):
             with torch.no_grad():
                 final = self.source.readout.logits(states.last[some]).float().softmax(-1)
             for i in moving:
@@ -134,12 +135,12 @@ class _Fitting:
         """Compare the translators with the best so far."""
         count, tokens, _ = self._choice.layers.shape
         sums = [0.0] * count
-        for some in self.source.chunks(tokens):
-            final = self.source.log_probabilities(self._choice.last[some])
+        for some in chunks(self.source.readout, tokens):
+            final = log_probabilities(self.source.readout, self._choice.last[some])
             for i in range(count):
                 moved = self._moved(i, self._matrices[i], self._choice.layers[i, some])
-                found = divergence(final, self.source.log_probabilities(moved))
-                sums[i] += found.clamp_min(0).sum().item()
+                found = divergence(final, log_probabilities(self.source.readout, moved))
+                sums[i] += found.sum().item()
         for i, layer in enumerate(self.source.layers):
             mean = sums[i] / tokens
             if mean < self._lowest[i]:

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
-from torch.nn.functional import kl_div
 
 from moescope.corpora.corpus import Corpus
 from moescope.corpora.packing import Batch
@@ -27,7 +26,6 @@ _OF_TEN: dict[Part, tuple[int, ...]] = {
     "choice": (2,),
     "training": (3, 4, 5, 6, 7, 8, 9),
 }
-_VALUES_AT_ONCE = 1 << 24  # logits in fp32: 64 MiB, however many positions there are
 
 
 def belongs(documents: Int64[Tensor, " n"], part: Part, seed: int) -> Bool[Tensor, " n"]:
@@ -111,21 +109,3 @@ class StateSource:
         device = self.readout.device
         outputs = [layer.output.to(device, torch.float32) for layer in layers]
         return States(last.to(device, torch.float32), torch.stack(outputs))
-
-    def log_probabilities(
-        self, states: Float[Tensor, "tokens hidden"]
-    ) -> Float[Tensor, "tokens vocabulary"]:
-        """What states predict, over the whole vocabulary."""
-        return self.readout.logits(states).float().log_softmax(-1)
-
-    def chunks(self, tokens: int) -> Iterator[slice]:
-        """So few positions at a time that their logits stay small."""
-        size = max(1, _VALUES_AT_ONCE // self.readout.vocabulary)
-        return (slice(start, start + size) for start in range(0, tokens, size))
-
-
-def divergence(
-    final: Float[Tensor, "tokens vocabulary"], own: Float[Tensor, "#tokens vocabulary"]
-) -> Float[Tensor, " tokens"]:
-    """KL(final || own) in nats, from log probabilities."""
-    return kl_div(own.expand_as(final), final, reduction="none", log_target=True).sum(-1)

@@ -121,6 +121,16 @@ class Translators:
         """Whether a folder holds translators that were written to the end."""
         return (Path(folder) / _JSON).is_file()
 
+    @staticmethod
+    def digest(folder: str | os.PathLike[str]) -> str | None:
+        """SHA-256 of what a folder says about its translators, their checksum included.
+
+        None where there are none.
+        """
+        if not Translators.present(folder):
+            return None
+        return hashlib.sha256((Path(folder) / _JSON).read_bytes()).hexdigest()
+
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "Translators":
         """Read what `save` wrote; `require_model` tells whether it fits a model.

@@ -16,6 +16,7 @@ COLUMNS = {
     "kind, rank": "The same for scripts: output, what the layer returns; residual, r; shared, "
     "r + S; top, r + S + the rank experts of the largest weights; added, r + the one of that rank; "
     "alone, that one by itself.",
+    "translated": "Whether the state passed through a translator (tuned lens) first.",
     "domain": "Kind of text; all = every domain together.",
     "kl": "KL(final || column), nats: what is missing to the model's own prediction.",
     "agreement": "Share of positions at which the likeliest token is that of the model.",
@@ -28,6 +29,14 @@ COLUMNS = {
 }
 
 _SHOWN = [("residual", 0), ("shared", 0), ("top", 1), ("output", 0), ("added", 1), ("alone", 1)]
+_ANOTHER_BASIS = (
+    "The final norm and unembedding were trained for the last layer alone: a large distance in "
+    "early layers may mean that they write in another basis, not that they know nothing."
+)
+_TRANSLATED = (
+    "States of the stream passed through translators first, which were trained on layer outputs, "
+    "maybe on some of this text: other columns are outside what they were trained for."
+)
 _TICKS = [0, 0.1, 0.3, 1, 3, 10, 30]
 _MOST_CELLS = 12_000
 _CELL = 58
@@ -67,9 +76,8 @@ def _layers(table: pd.DataFrame) -> Figure:
         "weight. Left (or above): how far the prediction is from the final one, over the whole "
         "vocabulary, on a scale that widens around zero; right: how often the likeliest token is "
         "the same. Means over all positions with 95% intervals over documents (none under 30).",
-        limits="The final norm and unembedding were trained for the last layer alone: a large "
-        "distance in early layers may mean that they write in another basis, not that they know "
-        "nothing. All ranks of experts are in the table.",
+        limits=(_TRANSLATED if table["translated"].any() else _ANOTHER_BASIS)
+        + " All ranks of experts are in the table.",
         chart=chart,
         panels=Panels(
             count=2, minimum=max(240, 14 * frame["layer"].nunique()), preferred=400, beside=84
@@ -85,7 +93,7 @@ def _lines(
         title=None,
         sort=order,
         scale=alt.Scale(domain=order, range="category"),
-        legend=alt.Legend(columns=3, symbolType="stroke"),
+        legend=alt.Legend(columns=3, symbolType="stroke", symbolOpacity=1),
     )
     x = alt.X("layer:O", title="layer")
     base = alt.Chart(frame)
@@ -137,12 +145,11 @@ def _prompt(table: pd.DataFrame, order: list[str]) -> Figure:
         title="What would it say next, layer by layer and part by part?",
         how_to_read="One row is a layer, the last at the top, one column a part of it, decoded as "
         f"if the model ended there. A cell names the likeliest next token after "
-        f"{places.iloc[-1]!r} (choose another place below), a dot stands for a space; the darker, "
+        f'"{places.iloc[-1]}" (choose another place below), a dot stands for a space; the darker, '
         "the more probable. Tooltips hold experts with their weights, the five likeliest tokens "
         "and KL to the final prediction." + (f" Places from {first} on." if first else ""),
-        limits="One prompt is an anecdote: the means over a text are in the figure before this "
-        "one. An expert by itself is decoded with the same norm, which makes a small output look "
-        "as large as any other.",
+        limits="One prompt is an anecdote; means over a text say more. An expert by itself is "
+        "decoded with the same norm, which makes a small output look as large as any other.",
         chart=_grid(frame, order).add_params(at, colour_by),
         panels=Panels(minimum=_CELL * len(order), preferred=1_400),
     )

@@ -62,8 +62,8 @@ def _lenses(overall: pd.DataFrame) -> Figure:
         "held-out documents, with its 95% interval over documents (none under 30). Dashed: in the "
         "first two panels one prediction that is the same everywhere, in the third the model.",
         limits="That an affine map of a state predicts well does not mean that the model uses the "
-        "state so: the map is trained to find whatever an affine map can find. The last layer is "
-        "decoded exactly by every lens.",
+        "state so: the map is trained to find whatever an affine map can find. The last layer "
+        "of the model, where it has experts, is decoded exactly by every lens.",
         chart=alt.concat(*panels),
         panels=Panels(count=len(panels), minimum=max(200, 16 * shown["layer"].nunique())),
     )
@@ -135,8 +135,8 @@ def _gains(gains: pd.DataFrame) -> Figure:
         title="Where does the trained map help?",
         how_to_read="A dot below 0 says that the tuned lens is nearer to the model's own "
         "prediction than the other lens, on the same tokens of held-out documents, with the 95% "
-        "interval of the difference over documents. Where it is at 0 in the last layer, nothing "
-        "was to be gained.",
+        "interval of the difference over documents. At 0 nothing was gained: the state is "
+        "decoded exactly already, or no map was better on the documents of the choice.",
         limits="Intervals are those of the documents: other training documents, or other steps, "
         "would give other maps, and that is not in them. Layers are not corrected for their "
         "number.",
