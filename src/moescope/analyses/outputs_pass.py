@@ -1,0 +1,165 @@
+"""The outputs of all experts of a layer for the recorded tokens, measured as they stream by."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Float64, Int64
+from torch import Tensor
+
+from moescope.captures.places import Place
+from moescope.captures.read import Capture
+from moescope.captures.shards import read_tensor
+from moescope.errors import CaptureError
+from moescope.measures.outputs import KINDS, angular, pair_means, token_cosines
+from moescope.models.offload import resident
+from moescope.models.view import MoELayer
+
+MEASURES = ("cosine", "centred_cosine", "angular")
+_BYTES_AT_ONCE = 1 << 26  # of the outputs of all experts, in fp32
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Recorded:
+    """What the capture knows of the tokens of whole rows, in one layer."""
+
+    scores: Float[Tensor, "tokens experts"]
+    """Router logits."""
+    chosen: Bool[Tensor, "tokens experts"]
+    """The experts that were used."""
+    documents: Int64[Tensor, " tokens"]
+    """Document numbers."""
+    first: Bool[Tensor, " tokens"]
+    """First positions, of rows and of documents."""
+
+    @classmethod
+    def of(cls, capture: Capture, layer: int) -> "Recorded":
+        """Those of a capture.
+
+        Raises:
+            CaptureError: It holds no whole rows, or no inputs.
+        """
+        tokens = _whole_row_tokens(capture)
+        scores, chosen = [], []
+        for part, routing in capture.routing_shards(layer):
+            if part.start >= tokens:
+                break
+            logits = routing.logits[: tokens - part.start].float()
+            used = torch.zeros(len(logits), logits.shape[1] + 1, dtype=torch.bool)
+            used.scatter_(1, routing.experts[: tokens - part.start] + 1, value=True)
+            scores.append(logits)
+            chosen.append(used[:, 1:])  # the column before holds the slots that were not used
+        rows, documents = capture.rows[:tokens], capture.documents[:tokens]
+        begins = torch.zeros(tokens, dtype=torch.bool)
+        begins[1:] = (documents[1:] != documents[:-1]) & (rows[1:] == rows[:-1])
+        return cls(
+            scores=torch.cat(scores),
+            chosen=torch.cat(chosen),
+            documents=documents,
+            first=begins | (capture.positions[:tokens] == 0),
+        )
+
+
+def _whole_row_tokens(capture: Capture) -> int:
+    """How many tokens of whole rows there are; they come first."""
+    if "inputs" not in capture.recorded:
+        raise CaptureError(
+            f"{capture.folder} lacks inputs",
+            got=", ".join(capture.recorded),
+            remedy="Capture again, with --record routing inputs",
+        )
+    count = int(capture.manifest["num_whole_row_tokens"])
+    if not count:
+        raise CaptureError(
+            f"{capture.folder} holds no whole rows", remedy="Capture again with tokens above 0"
+        )
+    return count
+
+
+Outputs = Iterator[tuple[Int64[Tensor, " tokens"], Float[Tensor, "experts tokens hidden"]]]
+"""Some tokens, and the outputs of all experts for them, unweighted, in fp32."""
+
+
+def all_outputs(capture: Capture, layer: MoELayer) -> Outputs:
+    """The outputs of all experts for the tokens of whole rows, so many as fit in memory."""
+    place = Place.of(layer)
+    experts = range(layer.num_experts)
+    size = max(1, _BYTES_AT_ONCE // (4 * len(experts) * max(len(experts), layer.hidden_size)))
+    for entry in capture.manifest["shards"]:
+        if entry["kind"] != "rows" or not place.within(entry):
+            continue
+        tokens, inputs = (
+            read_tensor(capture.folder, entry, place.tensor(name)) for name in ("tokens", "inputs")
+        )
+        for some, x in zip(torch.split(tokens, size), torch.split(inputs, size), strict=True):
+            yield some, layer.expert_outputs(x, experts).float()
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Measured:
+    """What is kept of the outputs of a layer."""
+
+    by_kind: Float[Tensor, "measures kinds tokens"]
+    """Of `MEASURES`, the mean over the pairs of each of `measures.outputs.KINDS`."""
+    norms: Float[Tensor, "tokens experts"]
+    """Of the outputs."""
+    pairs: dict[str, Float64[Tensor, "measures experts experts"]]
+    """Means over tokens: `all`, and `later` without first positions."""
+
+
+def measured(capture: Capture, layer: MoELayer, recorded: Recorded) -> Measured:
+    """All measures of a layer, from outputs of which only some tokens are in memory at a time.
+
+    Means come first, for the centred cosine, so that every output is computed twice. They are over
+    tokens other than first positions, whose outputs can be so long that a mean would be theirs.
+    """
+    with resident(layer.block):
+        return _measured(lambda: all_outputs(capture, layer), recorded)
+
+
+def _measured(read: Callable[[], Outputs], recorded: Recorded) -> Measured:
+    later = ~recorded.first if not recorded.first.all() else recorded.first
+    means = _means(read(), later)
+    by_kind = torch.empty(len(MEASURES), len(KINDS), len(later))
+    norms = torch.empty(recorded.scores.shape)
+    sums = {name: _Mean() for name in ("all", "later")}
+    for tokens, outputs in read():
+        cosines, lengths = token_cosines(outputs)
+        centred, _ = token_cosines(outputs - means.to(outputs)[:, None])
+        chosen = recorded.chosen[tokens].to(outputs.device)
+        norms[tokens] = lengths.cpu()
+        found = torch.stack([cosines, centred, angular(cosines)])
+        for number, values in enumerate(found):
+            by_kind[number][:, tokens] = pair_means(values, chosen).cpu()
+        sums["all"].add(found)
+        sums["later"].add(found[:, later[tokens].to(outputs.device)])
+    return Measured(
+        by_kind=by_kind,
+        norms=norms,
+        pairs={name: mean.value for name, mean in sums.items()},
+    )
+
+
+class _Mean:
+    """Mean over tokens of measures of pairs, as they come; NaN counts as no token."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | float = 0.0
+        self._count: Tensor | float = 0.0
+
+    def add(self, values: Float[Tensor, "measures tokens experts experts"]) -> None:
+        self._sum = self._sum + values.nansum(1, dtype=torch.float64).cpu()
+        self._count = self._count + values.isfinite().sum(1).cpu()
+
+    @property
+    def value(self) -> Float64[Tensor, "measures experts experts"]:
+        mean: Tensor = torch.as_tensor(self._sum / self._count)
+        return mean
+
+
+def _means(outputs: Outputs, counted: Bool[Tensor, " tokens"]) -> Float64[Tensor, "experts hidden"]:
+    """Mean output of each expert over the tokens that are counted."""
+    total: Tensor | float = 0.0
+    for tokens, parts in outputs:
+        total = total + parts[:, counted[tokens].to(parts.device)].sum(1, dtype=torch.float64)
+    return torch.as_tensor(total / counted.sum())
