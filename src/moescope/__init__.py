@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from moescope.analyses.ensemble import ensemble
     from moescope.analyses.health import health
     from moescope.analyses.lens import lens
+    from moescope.analyses.neurons import neurons
+    from moescope.analyses.outputs import outputs
     from moescope.analyses.prune_domain import prune_domain
     from moescope.analyses.routing import routing
     from moescope.analyses.topk import topk
@@ -72,6 +74,8 @@ _HOMES = {
     "learning_curve": "alignment.learning",
     "lens": "analyses.lens",
     "load": "models.load",
+    "neurons": "analyses.neurons",
+    "outputs": "analyses.outputs",
     "prune_domain": "analyses.prune_domain",
     "report": "reports.write",
     "reproduce": "reproduction",
@@ -113,6 +117,8 @@ __all__ = [
     "learning_curve",
     "lens",
     "load",
+    "neurons",
+    "outputs",
     "prune_domain",
     "report",
     "reproduce",
