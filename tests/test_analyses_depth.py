@@ -93,6 +93,8 @@ def test_a_curve_reads_its_rows_and_limits():
     assert found.n_tokens.tolist() == [7, 7]
     assert found.n_documents.isna().all()
     assert wanted.read(Result(name="r", tables={})).empty
+    earlier = Result(name="r", tables={"t": table.drop(columns="domain")})
+    assert wanted.read(earlier).empty
 
 
 @pytest.fixture

@@ -55,6 +55,13 @@ def test_what_is_no_such_norm_leaves_a_rest():
     assert left.min() > 0.05
 
 
+def test_what_was_observed_reaches_itself_also_below_zero():
+    p, corrected = shuffle_p_values(np.array([-1.0]), np.array([[0.0, 1.0, 2.0]]))
+    assert p.tolist() == corrected.tolist() == [1.0]
+    p, _ = shuffle_p_values(np.array([2.0]), np.array([[0.0, 1.0, -2.0]]))
+    assert p.tolist() == [0.25]
+
+
 def test_shuffled_means_are_those_of_the_permuted_answers():
     values = np.arange(9.0).reshape(3, 3) ** 2
     every = np.array(list(permutations(range(3))))

@@ -30,10 +30,13 @@ class Curve:
     """What its columns hold in the rows of this measure."""
 
     def read(self, result: Result) -> pd.DataFrame:
-        """One row per stack and layer, with the columns of `COLUMNS`; none without the table."""
-        if self.table not in result.tables:
+        """One row per stack and layer, with the columns of `COLUMNS`.
+
+        None where the result, which may be of an earlier version, has no such table or columns.
+        """
+        frame = result.tables.get(self.table, pd.DataFrame())
+        if not {self.value, *self.where} <= set(frame.columns):
             return pd.DataFrame(columns=COLUMNS)
-        frame = result.tables[self.table]
         for column, wanted in self.where.items():
             frame = frame[frame[column] == wanted]
         low, high = self.limits or (None, None)

@@ -30,7 +30,7 @@ from moescope.runs import Result
     options=HealthOptions,
     curves=(
         Curve(
-            measure="switch rate of experts along the text",
+            measure="switch rate along the text",
             table="layers",
             value="switch_rate",
             limits=("switch_low", "switch_high"),

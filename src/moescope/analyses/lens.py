@@ -34,7 +34,7 @@ def of_translators(material: Material, options: LensOptions) -> dict[str, Any]:
     basis=of_translators,
     curves=(
         Curve(
-            measure="KL of the layer output to the final prediction (nats)",
+            measure="KL to the final prediction (nats)",
             table="lens",
             value="kl",
             limits=("kl_low", "kl_high"),

@@ -36,14 +36,14 @@ class OutputsOptions:
     options=OutputsOptions,
     curves=(
         Curve(
-            measure="angular similarity of the experts' outputs",
+            measure="angular similarity of outputs",
             table="outputs",
             value="value",
             limits=("value_low", "value_high"),
             where={"measure": "angular", "pairs": "all", "tokens": "all"},
         ),
         Curve(
-            measure="rank correlation of output norm and router score",
+            measure="rank correlation, norm with score",
             table="norms",
             value="value",
             limits=("value_low", "value_high"),

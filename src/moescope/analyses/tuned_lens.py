@@ -40,7 +40,7 @@ def of_translators(material: Material, options: TunedLensOptions) -> dict[str, A
     basis=of_translators,
     curves=(
         Curve(
-            measure="KL of the tuned lens to the final prediction (nats)",
+            measure="KL to the final prediction (nats)",
             table="tuned-lens",
             value="kl",
             limits=("kl_low", "kl_high"),

@@ -76,7 +76,7 @@ def of_checkpoint(material: Material, options: WeightsOptions) -> dict[str, Any]
             where={"measure": "matched", "apart": 0},
         ),
         Curve(
-            measure="r of router rows with mean gate neurons",
+            measure="r, router rows with gate neurons",
             table="router",
             value="r",
             where={"form": "average", "matrix": "gate"},

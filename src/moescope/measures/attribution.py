@@ -92,7 +92,7 @@ def shuffle_p_values(
     # Where no shuffle changes anything, all are equal but for rounding.
     flat = spread <= 1e-9 * np.abs(every).max(1, keepdims=True)
     units = np.where(flat, 0.0, (every - every.mean(1, keepdims=True)) / np.where(flat, 1, spread))
-    reached = units[:, :1] * (1 - 1e-9) - 1e-12
+    reached = units[:, :1] - 1e-9 * np.abs(units[:, :1]) - 1e-12  # equal but for rounding
     p = (units >= reached).mean(1)
     largest = units.max(0)
     return p, (largest >= reached).mean(1)
