@@ -17,8 +17,10 @@ from moescope.analyses.prune_domain_choice import (
     random_choice,
     size_of_share,
 )
+from moescope.analyses.prune_domain_copy import pruned_copy, standing_in
 from moescope.analyses.prune_domain_findings import findings
 from moescope.analyses.prune_domain_options import PruneDomainOptions
+from moescope.analyses.prune_domain_saving import saving_table
 from moescope.analyses.prune_domain_text import halves
 from moescope.analyses.prune_domain_use import read
 from moescope.corpora.packing import Packing
@@ -362,14 +364,15 @@ def test_counted_savings_and_losses_are_those_of_a_pruned_checkpoint(model, resu
     stay = masks(result.tables["choice"], chosen_for="lower", kept=3, selected_on="all documents")
     keep_experts(smaller, {layer: stay[layer.index] for layer in smaller.layers})
     saving = result.tables["saving"].set_index("kept")
-    rows_of_routers = sum(5 * layer.hidden_size for layer in model.layers)
     parameters = sum(parameter.numel() for parameter in smaller.model.parameters())
-    assert saving.parameters[3] == parameters + rows_of_routers
+    assert saving.parameters[3] == parameters
+    assert saving.timed_as.tolist() == ["pruned copy", "pruned copy", "as it is"]
     assert saving.weight_bytes[8] - saving.weight_bytes[3] == 4 * (
         saving.parameters[8] - saving.parameters[3]
     )
     assert saving.weights_left[8] == saving.ratio[8] == 1
-    assert saving.active_parameters[3] == saving.active_parameters[8]
+    rows_of_routers = sum(5 * layer.hidden_size for layer in model.layers)
+    assert saving.active_parameters[8] - saving.active_parameters[3] == rows_of_routers
     masked = compare(
         model,
         text(),
@@ -378,6 +381,38 @@ def test_counted_savings_and_losses_are_those_of_a_pruned_checkpoint(model, resu
     )
     masked = masked[masked.intervention == "masked"].loss
     np.testing.assert_allclose(compare(smaller, text(), {}, bootstrap=50).loss, masked, rtol=1e-5)
+
+
+def test_a_copy_shares_what_is_not_pruned_and_the_model_stays_as_it_is(model):
+    ids = next(iter(text(4).batches(None))).input_ids
+    before = model.forward(ids, head=True).logits
+    smaller = pruned_copy(model, random_choice(model.layers, 3, [0]))
+    held = {parameter.data_ptr() for parameter in model.model.parameters()}
+    own = [p.numel() for p in smaller.model.parameters() if p.data_ptr() not in held]
+    experts = sum(t.numel() for la in model.layers for t in la.expert_tensors(0).values())
+    routers = sum(layer.hidden_size for layer in model.layers)
+    assert sum(own) == 3 * (experts + routers)
+    with standing_in(model, smaller):
+        after = model.forward(ids, head=True).logits
+        assert [layer.num_experts for layer in model.layers] == [3, 3]
+    assert torch.equal(after, smaller.forward(ids, head=True).logits)
+    assert torch.equal(before, model.forward(ids, head=True).logits)
+    assert not torch.equal(before, after)
+
+
+def test_where_no_copy_can_be_had_time_is_that_with_masks(model, result, monkeypatch):
+    monkeypatch.setattr("moescope.analyses.prune_domain_copy._free_bytes", lambda _: 0)
+    kept = {3: random_choice(model.layers, 3, [0])}
+    masked = saving_table(model, kept, length=12, seed=0).set_index("kept")
+    copied = result.tables["saving"].set_index("kept")
+    rows_of_routers = sum(5 * layer.hidden_size for layer in model.layers)
+    assert masked.timed_as.tolist() == ["masked", "as it is"]
+    assert masked.parameters[3] == copied.parameters[3] + rows_of_routers
+    assert masked.weight_bytes[3] == copied.weight_bytes[3] + 4 * rows_of_routers
+    assert masked.active_parameters[3] == masked.active_parameters[8]
+    tables = result.tables | {"saving": masked.reset_index().assign(share=0.5)}
+    assert "masked but in memory; bytes by counting" in findings(tables, ())[-1].text
+    assert "taken out" in result.findings[-1].text
 
 
 def test_comparisons_are_differences_of_the_losses(result):

@@ -143,6 +143,39 @@ def test_concentration_by_domain(tmp_path):
     assert result.tables["coactivation"].empty  # one expert per token
 
 
+def test_a_group_of_documents_without_capacity(tmp_path):
+    """All tokens of some documents are dropped in one layer, of others in the next."""
+    random = np.random.default_rng(2)
+    documents = np.repeat(np.arange(64), 10)
+    here, there = random.integers(0, 3, size=(2, len(documents), 1))
+    here[documents % 32 == 5], there[documents % 32 == 6] = -1, -1  # 32 groups, turn by turn
+    logits = np.zeros((len(documents), 3))
+    write_capture(tmp_path, {0: (here, logits), 1: (there, logits)}, documents, domains=("a",))
+    table = moescope.routing(tmp_path, **QUICK).tables["transitions"]
+    row = table.set_index(["expert", "next_expert"]).loc[(2, 1)]
+    assert row.tokens == ((here == 2) & (there == 1)).sum()
+    assert row.expected == pytest.approx((there == 1).mean())
+    assert row.low < row.lift < row.high
+    assert len(table) == 9
+
+
+def test_of_many_experts_only_pairs_far_from_chance_are_told(tmp_path):
+    random = np.random.default_rng(3)
+    documents = np.repeat(np.arange(64), 10)
+    experts = chosen(np.ones((len(documents), 80)), 4, random)
+    routing = {0: (experts, np.zeros((len(documents), 80)))}
+    write_capture(tmp_path, routing, documents, shard_tokens=200)
+    result = moescope.routing(tmp_path, **QUICK)
+    table = result.tables["coactivation"]
+    assert set(table.groupby("expert").size()) == {64}
+    measured = table[table.low.notna()]
+    pairs = {frozenset(pair) for pair in measured[["expert", "other"]].itertuples(index=False)}
+    (said,) = [found for found in result.findings if "share a token" in found.text]
+    assert said.numbers["pairs"] == len(pairs)
+    assert len(pairs) > (measured.expert < measured.other).sum()  # some stand in one row alone
+    assert "one in twenty" not in said.text
+
+
 def test_more_documents_than_are_kept_apart(tmp_path):
     """Shares are of all tokens; intervals and shuffles of some documents."""
     random = np.random.default_rng(1)

@@ -40,10 +40,11 @@ def test_experts_for_half(used, expected):
 def test_disjoint_domains_have_one_bit_and_the_smallest_p():
     first, second = np.array([[9, 9, 0, 0]] * 10), np.array([[0, 0, 8, 8]] * 12)
     labels = np.array([0] * 10 + [1] * 12)
-    observed, null = routing.divergence_test(
+    observed, null, matched = routing.divergence_test(
         np.vstack([first, second]), labels, permutations=200, seed=0
     )
     assert observed == pytest.approx(1)
+    assert 10 * 16 <= matched <= 10 * 18  # ten documents of either size
     assert (null < observed).all()
 
 
@@ -51,7 +52,8 @@ def test_matching_removes_the_advantage_of_small_samples():
     random = np.random.default_rng(2)
     large, small = np.array([4_000] * 8), random.multinomial(40, np.ones(8) / 8)
     plain = routing.jensen_shannon_bits(large, small)
-    matched = routing.matched_divergence(large, small, random, 200)
+    pairs = [np.tile(side, (2_000, 1)) for side in (large, small)]
+    matched = routing.matched_divergence(*pairs, random).mean()
     both_small = np.mean(
         [
             routing.jensen_shannon_bits(
@@ -63,7 +65,8 @@ def test_matching_removes_the_advantage_of_small_samples():
     assert plain < matched < 2 * both_small
 
 
-def p_value(observed, null):
+def p_value(counts, in_second, **options):
+    observed, null, _ = routing.divergence_test(counts, in_second, **options)
     return (1 + (null >= observed).sum()) / (1 + len(null))
 
 
@@ -75,13 +78,25 @@ def test_p_values_of_shuffled_domains_keep_their_level():
     for seed in range(1_000):
         topics = random.dirichlet(np.full(4, 2.0), size=22)
         documents = random.multinomial(random.integers(5, 60, size=22), topics)
-        p_values.append(
-            p_value(*routing.divergence_test(documents, labels, permutations=59, seed=seed))
-        )
+        p_values.append(p_value(documents, labels, permutations=59, seed=seed))
     assert kstest(np.array(p_values) - random.random(1_000) / 60, "uniform").pvalue > 0.001
     for level in (0.05, 0.1, 0.25, 0.5, 0.75):
         below = sum(p <= level for p in p_values)
         assert binomtest(below, 1_000, level).pvalue > 0.001, level
+
+
+@pytest.mark.parametrize("sizes", [(30, 500), (500, 30)], ids=["few short", "few long"])
+@pytest.mark.parametrize("topics", [5.0, 500.0], ids=["unlike", "alike"])
+def test_short_documents_are_no_difference_between_domains(sizes, topics):
+    """The same routing in a domain of few and one of many documents, of other lengths."""
+    random = np.random.default_rng(5)
+    labels = np.array([0] * 10 + [1] * 40)
+    below = 0
+    for seed in range(300):
+        use = random.dirichlet(np.full(6, topics), size=50)
+        documents = random.multinomial(np.array(sizes)[labels], use)
+        below += p_value(documents, labels, permutations=39, seed=seed) <= 0.1
+    assert below <= 50  # 30 expected; once they were all, or nearly
 
 
 def test_drawing_down_is_the_multivariate_hypergeometric():

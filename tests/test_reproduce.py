@@ -32,8 +32,8 @@ PAIRS = {"source_experts": [0, 4], "target_experts": [4, 8]}
 THIN = {
     "hidden_size": 32,
     "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
     "initializer_range": 0.3,
 }
 # As in the published configurations: class, experts, experts per token, what goes beside them.
@@ -298,19 +298,19 @@ def test_an_unknown_table_suggests_the_nearest(run):
 # Little text and few resamples: what is asked for stays the same.
 QUICK = {
     "align": PAIRS | {"controls": False},
-    "routing": {"permutations": 20, "bootstrap": 20},
-    "topk": {"bootstrap": 20},
-    "ensemble": {"bootstrap": 20},
-    "lens": {"bootstrap": 20, "tokens": 500},
+    "routing": {"permutations": 5, "bootstrap": 5},
+    "topk": {"bootstrap": 5},
+    "ensemble": {"bootstrap": 5},
+    "lens": {"bootstrap": 5, "tokens": 200},
 }
 
 
 def made_small(file, folder):
     content = read_yaml(file)
-    tokens = 6_000 if file == TABLE_1 else 1_500
+    tokens = 4_000 if file == TABLE_1 else 600
     for part in (content, content.get(CORRECTED) or {}):
         if part:
-            part["packing"] |= {"length": 64, "max_tokens": tokens}
+            part["packing"] |= {"length": 32, "max_tokens": tokens}
             part["analyses"] = {
                 name: (options or {}) | QUICK.get(name, {})
                 for name, options in part["analyses"].items()

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
+from moescope.analyses.prune_domain_saving import MASKED
 from moescope.measures.bootstrap import FEWEST_UNITS
 from moescope.runs import Finding
 
@@ -149,12 +150,12 @@ def _saving(saving: pd.DataFrame) -> Finding:
     share = row["active_parameters"] / full["active_parameters"]
     weights = "not counted" if pd.isna(row["weights_left"]) else f"{row['weights_left']:.0%}"
     active = "not counted" if pd.isna(share) else f"{share:.0%}"
+    how = "masked but in memory; bytes by counting" if row["timed_as"] == MASKED else "taken out"
     text = (
         f"With {row['kept']} of {full['kept']} experts per layer the bytes of the weights are "
-        f"{weights} of what they were (by counting), the parameters that a token meets {active}, "
-        f"and the time to read a text {row['ratio']:.2f} (measured with the others masked but in "
-        f"memory, median of {row['repeats']} rounds of {row['tokens_per_pass']} tokens on "
-        f"{row['device']}, {row['threads']} threads): what is saved is memory."
+        f"{weights} of what they were, the parameters that a token meets {active}, and the time to "
+        f"read a text {row['ratio']:.2f} (the others {how}; median of {row['repeats']} rounds of "
+        f"{row['tokens_per_pass']} tokens on {row['device']}, {row['threads']} threads)."
     )
     numbers = {"weights_left": row["weights_left"], "time_ratio": row["ratio"]}
     return Finding(text=text, numbers=numbers)

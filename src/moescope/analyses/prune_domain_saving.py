@@ -1,12 +1,14 @@
-"""What a pruned model saves: weights in memory by counting, time by measuring."""
+"""What a pruned model saves: weights in memory, and time."""
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from moescope.analyses.prune_domain_choice import Kept, pruned
+from moescope.analyses.prune_domain_copy import pruned_copy, standing_in
 from moescope.analyses.prune_domain_options import PruneDomainOptions
 from moescope.analyses.topk_cost import operations as topk_operations
 from moescope.analyses.topk_options import TopkOptions, most_experts
@@ -14,7 +16,15 @@ from moescope.errors import ModelError
 from moescope.evaluate.timing import speed
 from moescope.models.view import MoEModel
 
-_TIMED = [
+UNPRUNED, COPY, MASKED = "as it is", "pruned copy", "masked"
+"""What a row of the table was measured on."""
+_COLUMNS = [
+    "kept",
+    "num_experts",
+    "parameters",
+    "weight_bytes",
+    "weights_left",
+    "timed_as",
     "active_parameters",
     "seconds_per_token",
     "seconds_per_token_low",
@@ -25,6 +35,7 @@ _TIMED = [
     "dtype",
     "threads",
     "seed",
+    "tokens_per_pass",
 ]
 _USUAL_DOMAINS = 4  # where all domains are asked for, whose number the text alone knows
 
@@ -32,9 +43,10 @@ _USUAL_DOMAINS = 4  # where all domains are asked for, whose number the text alo
 def saving_table(model: MoEModel, kept: Mapping[int, Kept], length: int, seed: int) -> pd.DataFrame:
     """Weights, parameters and time for each number of experts that every layer keeps.
 
-    Bytes and parameters are those of the model less those of the experts that are left out, which
-    are the same for any choice; rows of routers, which go with them, are not counted. Time is
-    measured with the others masked: they are not computed, but they are still in memory.
+    Measured on a pruned copy, one size after the other, each in turns with the model as it is.
+    Where no copy can be had, time is measured with the others masked (they are not computed, but
+    still in memory), and bytes and parameters are counted: those of the model less those of the
+    experts that are left out, without the rows of routers that go with them.
 
     Args:
         model: The model.
@@ -45,16 +57,30 @@ def saving_table(model: MoEModel, kept: Mapping[int, Kept], length: int, seed: i
     Returns:
         One row per size, the last of them the model as it is. `ratio` is of its time.
     """
-    changes = {str(count): partial(pruned, experts) for count, experts in kept.items()}
-    table = speed(model, changes, length=length, seed=seed)
     most = max(layer.num_experts for layer in model.layers)
-    found = pd.DataFrame({"kept": [most, *kept], "num_experts": most})
-    left_out = np.array([(0, 0), *(_left_out(experts) for experts in kept.values())])
-    found["parameters"] = table["parameters"] - left_out[:, 0]
-    found["weight_bytes"] = table["weight_bytes"][0] - left_out[:, 1]
-    found["weights_left"] = found["weight_bytes"] / table["weight_bytes"][0]
-    found[_TIMED] = table[_TIMED]
-    return found.assign(tokens_per_pass=table["tokens"]).sort_values("kept", ignore_index=True)
+    rows = [_row(model, count, experts, length, seed) for count, experts in kept.items()]
+    whole, _ = rows[0]
+    found = pd.DataFrame([whole | {"kept": most, "timed_as": UNPRUNED}, *(row for _, row in rows)])
+    found["weights_left"] = found["weight_bytes"] / whole["weight_bytes"]
+    found["num_experts"] = most
+    return found[_COLUMNS].sort_values("kept", ignore_index=True)
+
+
+def _row(
+    model: MoEModel, count: int, kept: Kept, length: int, seed: int
+) -> tuple[dict[Hashable, Any], dict[Hashable, Any]]:
+    """Columns of the model as it is, and of the one of `count` experts per layer."""
+    smaller = pruned_copy(model, kept)
+    change = partial(pruned, kept) if smaller is None else partial(standing_in, model, smaller)
+    timed = speed(model, {str(count): change}, length=length, seed=seed)
+    timed = timed.rename(columns={"tokens": "tokens_per_pass"})
+    whole, row = timed.to_dict("records")
+    row |= {"kept": count, "timed_as": MASKED if smaller is None else COPY}
+    if smaller is None:
+        parameters, row_bytes = _left_out(kept)
+        row |= {"parameters": whole["parameters"] - parameters}
+        row |= {"weight_bytes": whole["weight_bytes"] - row_bytes}
+    return whole, row
 
 
 def _left_out(kept: Kept) -> tuple[float, float]:

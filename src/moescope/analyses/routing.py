@@ -61,17 +61,15 @@ def routing(material: Material, options: RoutingOptions) -> Result:
     bytes each, and not with the tokens.
     """
     domains, read = material.capture.domains, reader_of(material)
-    recorded = [
-        (la.get("stack", "decoder"), la["index"]) for la in material.capture.manifest["layers"]
-    ]
+    places = material.capture.places
     seen = survey(
         material.capture, documents=options.documents, sample=options.sample, seed=options.seed
     )
     grouped = np.bincount(seen.group_of, seen.tokens, minlength=GROUPS).astype(np.int64)
     frames = defaultdict[str, list[pd.DataFrame]](list)
     layers, divergences, logits = [], [], []
-    captures = {stack: Capture(material.run, stack=stack) for stack in dict(recorded)}
-    for stack, layer in track(recorded, "routing: layers"):
+    captures = {stack: Capture(material.run, stack=stack) for stack in dict(places)}
+    for stack, layer in track(places, "routing: layers"):
         capture = captures[stack]
         counts = count_layer(capture, layer, seen)
         frames["routing"].append(share_table(counts, seen, domains, options))

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from moescope.analyses.routing_options import RoutingOptions
+from moescope.analyses.routing_pairs import MOST_PARTNERS
 from moescope.corpora.corpus import RESERVED_DOMAIN
 from moescope.measures.bootstrap import FEWEST_UNITS
 from moescope.runs import Finding
@@ -20,8 +21,8 @@ def findings(tables: dict[str, pd.DataFrame], options: RoutingOptions) -> list[F
         _use(tables["routing"], tables["layers"]),
         *_divergence(tables["divergence"], options),
         *_concentration(tables["concentration"]),
-        *_coactivation(tables["coactivation"]),
-        *_transitions(tables["transitions"]),
+        *_coactivation(tables["coactivation"], tables["layers"]),
+        *_transitions(tables["transitions"], tables["layers"]),
         *([] if tables["divergence"].empty else _logits(tables["logits"])),
     ]
 
@@ -77,6 +78,7 @@ def _divergence(divergence: pd.DataFrame, options: RoutingOptions) -> list[Findi
 
 def _concentration(table: pd.DataFrame) -> list[Finding]:
     chosen = table[(table["domain"] != RESERVED_DOMAIN) & (table["n_tokens"] > 0)]
+    chosen = chosen[chosen["num_experts"] > chosen["top_k"]]
     if chosen.empty:
         return []
     excess = chosen["busiest_k_share"] - chosen["uniform"]
@@ -95,38 +97,49 @@ def _concentration(table: pd.DataFrame) -> list[Finding]:
     return [Finding(text=text, numbers=numbers)]
 
 
-def _coactivation(table: pd.DataFrame) -> list[Finding]:
+def _coactivation(table: pd.DataFrame, layers: pd.DataFrame) -> list[Finding]:
     if table.empty:
         return []
-    once = table[table["expert"] < table["other"]]
-    top = once.iloc[int(once["low"].fillna(0).argmax())]
-    said = f"Experts {top['expert']} and {top['other']} of {_place(top)} share a token"
-    return _pairs(once, top, said)
+    one, other = table["expert"], table["other"]
+    ordered = table.assign(expert=np.minimum(one, other), other=np.maximum(one, other))
+    pairs = ordered.drop_duplicates(["stack", "layer", "expert", "other"])
+    said = "Experts {expert} and {other} of {place} share a token"
+    return _pairs(pairs, said, whole=int(layers["num_experts"].max()) - 1 <= MOST_PARTNERS)
 
 
-def _transitions(table: pd.DataFrame) -> list[Finding]:
+def _transitions(table: pd.DataFrame, layers: pd.DataFrame) -> list[Finding]:
     if table.empty:
         return []
-    top = table.iloc[int(table["low"].fillna(0).argmax())]
     said = (
-        f"Tokens of expert {top['expert']} of {_place(top)} go on to expert {top['next_expert']} "
-        f"of layer {top['next_layer']}"
+        "Tokens of expert {expert} of {place} go on to expert {next_expert} of layer {next_layer}"
     )
-    return _pairs(table, top, said)
+    return _pairs(table, said, whole=int(layers["num_experts"].max()) <= MOST_PARTNERS)
 
 
-def _pairs(table: pd.DataFrame, top: "pd.Series[Any]", said: str) -> list[Finding]:
-    """The pair most surely above chance, and how many are apart from it; none without intervals."""
-    if not np.isfinite(float(top["low"])):
+def _pairs(table: pd.DataFrame, said: str, *, whole: bool) -> list[Finding]:
+    """The pair of the largest lower limit, and how many are apart from chance, if limits exist.
+
+    Args:
+        table: Pairs of experts, each once.
+        said: What the two of a pair do, with gaps for columns.
+        whole: Whether these are all pairs; else those furthest from chance.
+    """
+    measured = table[table["low"].notna()]
+    if measured.empty:
         return []
-    apart = int(((table["low"] > 1) | (table["high"] < 1)).sum())
+    top = measured.iloc[int(measured["low"].argmax())]
+    apart = int(((measured["low"] > 1) | (measured["high"] < 1)).sum())
     text = (
-        f"{said} {top['lift']:.2f} times as often as chance would have it"
-        f"{_limits(top, 'low', 'high', '.2f')}, in {top['tokens']:,} tokens: the pair most surely "
-        f"above chance. Of {len(table)} pairs {apart} have a 95% interval without 1; if all were "
-        "independent, about one in twenty would."
+        f"{said.format(place=_place(top), **top)} {top['lift']:.2f} times as often as chance would "
+        f"have it{_limits(top, 'low', 'high', '.2f')}, in {top['tokens']:,} tokens; that is the "
+        "pair of the largest lower limit, the best of many."
     )
-    numbers = {"lift": float(top["lift"]), "apart": apart, "pairs": len(table)}
+    if whole:
+        text += (
+            f" Of {len(measured)} pairs {apart} have a 95% interval without 1; if all were "
+            "independent, about one in twenty would."
+        )
+    numbers = {"lift": float(top["lift"]), "apart": apart, "pairs": len(measured)}
     return [Finding(text=text, numbers=numbers)]
 
 

@@ -37,7 +37,7 @@ def transition_table(counts: LayerCounts, tokens: Int[Array, " groups"]) -> pd.D
     if counts.onward is None:
         return pd.DataFrame()
     parts = (counts.onward.together, counts.by_group(), counts.onward.used, tokens)
-    together, here, there, total = (whole_and_left_out(part[tokens > 0]) for part in parts)
+    together, here, there, total = (whole_and_left_out(part, tokens > 0) for part in parts)
     pairs = _pairs(together, independent(here, there, total))
     nothing = np.zeros(together.shape[1:], dtype=bool)
     table = _table(counts, "next_expert", pairs, excluded=nothing)

@@ -57,7 +57,7 @@ def _limits(
     )
     own = rows.sum(0) / max(tokens.sum(), 1)
     moved = np.divide(share, own, out=np.ones_like(share), where=own > 0)
-    return low * moved, high * moved
+    return low * moved, np.minimum(high * moved, 1)
 
 
 def layer_row(counts: LayerCounts, survey: Survey) -> dict[str, object]:
@@ -85,9 +85,9 @@ def concentration_table(counts: LayerCounts, survey: Survey, domains: list[str])
         inside = survey.within(number)
         used = whole_and_left_out(counts.by_group(number))
         entropy, busiest = measures.entropy_bits(used), measures.busiest_share(used, counts.top_k)
-        (entropy_low, busiest_low), (entropy_high, busiest_high) = np.transpose(
-            [limits(entropy), limits(busiest)]
-        )
+        uniform = counts.top_k / counts.num_experts
+        entropy_low, entropy_high = np.clip(limits(entropy), 0, np.log2(counts.num_experts))
+        busiest_low, busiest_high = np.clip(limits(busiest), uniform, 1)
         rows.append(
             {
                 **counts.names,
@@ -98,7 +98,7 @@ def concentration_table(counts: LayerCounts, survey: Survey, domains: list[str])
                 "busiest_k_share": busiest[0],
                 "busiest_k_low": busiest_low,
                 "busiest_k_high": busiest_high,
-                "uniform": counts.top_k / counts.num_experts,
+                "uniform": uniform,
                 "entropy_bits": entropy[0],
                 "entropy_low": entropy_low,
                 "entropy_high": entropy_high,
@@ -118,10 +118,11 @@ def divergence_rows(
     for first, second in combinations(range(len(domains)), 2):
         inside = ((domain_of == first) | (domain_of == second)) & routed
         labels, documents = (domain_of[inside] == second).astype(int), counts.documents[inside]
-        observed, null = measures.divergence_test(
+        if len(np.unique(labels)) < 2:  # a domain without tokens
+            continue
+        observed, null, matched = measures.divergence_test(
             documents, labels, permutations=options.permutations, seed=options.seed
         )
-        smaller = min(documents[labels == side].sum() for side in (0, 1)) // counts.top_k
         rows.append(
             {
                 **counts.names,
@@ -132,7 +133,7 @@ def divergence_rows(
                 "null_p95": np.quantile(null, 0.95),
                 "excess": observed - null.mean(),
                 "p_value": (1 + (null >= observed).sum()) / (1 + len(null)),
-                "n_tokens": smaller,
+                "n_tokens": matched // counts.top_k,
                 "n_documents": len(documents),
                 "seed": options.seed,
             }

@@ -108,7 +108,7 @@ def _contexts(
     texts: dict[int, dict[int, str]] = {int(key): {} for key in keys}
     for shard in capture.token_shards():
         places = _places(shard, counts, wanted)
-        text = _Text(shard, read)
+        text = Text(shard, read)
         for key, document, position in places.itertuples(index=False):
             if len(texts[key]) < CONTEXTS and document not in texts[key]:
                 texts[key][document] = text.around(position)
@@ -135,7 +135,7 @@ def _places(shard: TokenShard, counts: LayerCounts, wanted: Array) -> pd.DataFra
     return frame.drop_duplicates(["key", "document"]).groupby("key").head(CONTEXTS)
 
 
-class _Text:
+class Text:
     """The tokens of a shard, to be read."""
 
     def __init__(self, shard: TokenShard, read: Reader) -> None:

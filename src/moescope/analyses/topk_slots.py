@@ -4,11 +4,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
-import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from moescope.interventions.choice import Weights
+from moescope.interventions.choice import Weights, largest
 from moescope.models.view import MoELayer, Rerouting
 
 Restriction = tuple[MoELayer, Rerouting]
@@ -27,7 +26,7 @@ def restrictions(layers: Sequence[MoELayer], k: int, weights: Weights) -> list[R
     for layer in layers:
         most = layer.top_k
         if k < most or weights == "to_one":
-            found.append((layer, partial(_largest, min(k, most), weights)))
+            found.append((layer, partial(_in_fewer_slots, min(k, most), weights)))
     return found
 
 
@@ -40,17 +39,11 @@ def restricted(changes: Sequence[Restriction]) -> Iterator[None]:
         yield
 
 
-def _largest(
+def _in_fewer_slots(
     k: int,
     treatment: Weights,
     experts: Int64[Tensor, "tokens top_k"],
     weights: Float[Tensor, "tokens top_k"],
 ) -> tuple[Int64[Tensor, "tokens k"], Float[Tensor, "tokens k"]]:
-    chosen = weights.topk(k, dim=1).indices
-    kept = weights.gather(1, chosen)
-    if treatment != "as_is":
-        mass = kept.sum(1, keepdim=True)
-        wanted = weights.sum(1, keepdim=True) if treatment == "same_mass" else torch.ones_like(mass)
-        # Where nothing is left, nothing is rescaled.
-        kept = kept * torch.where(mass > 0, wanted / mass, 0)
-    return experts.gather(1, chosen), kept
+    slots, kept = largest(k, treatment, weights)
+    return experts.gather(1, slots), kept

@@ -1,23 +1,21 @@
 """Opens what `capture` wrote."""
 
-import hashlib
-import html
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from moescope.captures.partial import MANIFEST, read_manifest
+from moescope.captures.facts import CaptureFacts
+from moescope.captures.partial import MANIFEST
 from moescope.captures.places import Place
 from moescope.captures.sampling import expert_keys, lowest, priorities
-from moescope.captures.shards import Entry, read_tensor, verify
+from moescope.captures.shards import read_tensor, verify
 from moescope.captures.stream import TokenShard
-from moescope.errors import CaptureError, unknown
+from moescope.errors import CaptureError
 from moescope.models.view import Routing, Stack
 from moescope.runs import Run
 
@@ -32,7 +30,7 @@ class Recorded:
     """One row per token, in the dtype of the capture."""
 
 
-class Capture:
+class Capture(CaptureFacts):
     """An opened capture.
 
     Tokens are the kept positions of the corpus in its order, T of them; padding is not among
@@ -51,86 +49,16 @@ class Capture:
             CaptureError: There is no complete capture, or a shard is missing, truncated or altered;
                 no layer of the stack was recorded.
         """
-        self.folder = Run(run).capture_folder
-        self.stack: Stack = stack
-        self.manifest: dict[str, Any] = read_manifest(self.folder)
+        super().__init__(Run(run).capture_folder, stack)
         for entry in self.manifest["shards"]:
             verify(self.folder, entry)
         if sum(entry["tokens"] for entry in self._shards("tokens")) != self.num_tokens:
             raise CaptureError(f"{self.folder / MANIFEST} was altered: its tokens do not add up")
-        if not self._layers:
-            raise CaptureError(
-                f"{self.folder} holds no layer of the {stack}",
-                expected=" or ".join(sorted({_stack(la) for la in self.manifest["layers"]})),
-            )
 
     @staticmethod
     def exists(run: str | os.PathLike[str]) -> bool:
         """Whether a run folder holds a complete capture."""
         return (Run(run).capture_folder / MANIFEST).exists()
-
-    @property
-    def layers(self) -> list[int]:
-        """The model's own numbers of the recorded layers of the stack, ascending."""
-        return [layer["index"] for layer in self._layers]
-
-    @property
-    def recorded(self) -> list[str]:
-        """Names of the recorded tensors."""
-        return list(self.manifest["options"]["record"])
-
-    @property
-    def domains(self) -> list[str]:
-        """Names of the domains."""
-        return list(self.manifest["domains"])
-
-    @property
-    def num_tokens(self) -> int:
-        """T, the number of tokens."""
-        return int(self.manifest["num_tokens"])
-
-    @property
-    def seed(self) -> int:
-        """Seed of the sample."""
-        return int(self.manifest["options"]["seed"])
-
-    @property
-    def model_name(self) -> str:
-        """What was loaded: Hub id, folder, or name of a reference model."""
-        return str(self.manifest["model"]["name"])
-
-    @property
-    def model_fingerprint(self) -> str:
-        """SHA-256 of the model's configuration and weights, as `MoEModel.fingerprint`."""
-        return str(self.manifest["model"]["fingerprint"])
-
-    @property
-    def model_revision(self) -> str | None:
-        """Commit on the Hub, if the model came from there."""
-        revision = self.manifest["model"]["revision"]
-        return None if revision is None else str(revision)
-
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256 of the manifest, which names the checksum of every shard."""
-        return hashlib.sha256((self.folder / MANIFEST).read_bytes()).hexdigest()
-
-    def layer_facts(self, layer: int) -> dict[str, Any]:
-        """Family, `num_experts`, `top_k`, `hidden_size` and `intermediate_size` of a layer.
-
-        And `unused_slots`: of T x `top_k` those that no expert was used for, for lack of capacity.
-
-        Raises:
-            CaptureError: The layer was not recorded.
-        """
-        for facts in self._layers:
-            if facts["index"] == layer:
-                return {"unused_slots": 0, **facts}
-        raise CaptureError(
-            f"layer {layer} is not in {self.folder}",
-            expected=f"one of {', '.join(map(str, self.layers))}",
-            remedy="Capture again with that layer",
-        )
 
     @cached_property
     def token_ids(self) -> Int64[Tensor, "tokens"]:
@@ -306,10 +234,6 @@ class Capture:
         own = {expert: used[position, slot] == expert for expert in experts}
         return {expert: Recorded(tokens[mine], values[mine]) for expert, mine in own.items()}
 
-    @property
-    def _per_expert(self) -> int:
-        return int(self.manifest["options"]["tokens_per_expert"])
-
     def _routing_shards(self, layer: int, name: str) -> Iterator[tuple[int, Tensor]]:
         """First token, and int16 experts or fp32 weights [tokens, top_k], of every shard."""
         for entry in self._shards("tokens"):
@@ -324,60 +248,8 @@ class Capture:
             parts.append(values[tokens[here] - first])
         return torch.cat(parts)
 
-    @cached_property
-    def _layers(self) -> list[dict[str, Any]]:
-        """What the manifest says of the layers of the stack."""
-        return [layer for layer in self.manifest["layers"] if _stack(layer) == self.stack]
-
     def _tensor(self, layer: int, name: str) -> str:
         return Place(self.stack, layer).tensor(name)
 
-    def _shards(self, kind: str) -> list[Entry]:
-        return [entry for entry in self.manifest["shards"] if entry["kind"] == kind]
-
     def _column(self, name: str) -> Tensor:
         return torch.cat([read_tensor(self.folder, e, name) for e in self._shards("tokens")])
-
-    def _require(self, name: str) -> None:
-        if name not in self.recorded:
-            raise unknown("recorded tensor:", name, self.recorded, CaptureError)
-
-    def _require_samples(self) -> None:
-        if not self._per_expert:
-            raise CaptureError(
-                f"{self.folder} holds no samples of experts, whole rows alone",
-                remedy="Capture with tokens_per_expert above 0",
-            )
-
-    def _require_expert(self, layer: int, expert: int) -> None:
-        count = self.layer_facts(layer)["num_experts"]
-        if not 0 <= expert < count:
-            raise CaptureError(
-                f"layer {layer} has no such expert", got=expert, expected=f"0 to {count - 1}"
-            )
-
-    def _facts(self) -> dict[str, str]:
-        return {
-            "model": self.model_name,
-            "domains": ", ".join(self.domains),
-            "tokens": f"{self.num_tokens:,}",
-            "documents": f"{self.manifest['num_documents']:,}",
-            "layers": ", ".join(map(str, self.layers)),
-            "recorded": ", ".join(self.recorded),
-        }
-
-    def __repr__(self) -> str:
-        facts = "; ".join(f"{name} {fact}" for name, fact in self._facts().items())
-        return f"Capture({str(self.folder)!r}: {facts})"
-
-    def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><th>{html.escape(name)}</th><td>{html.escape(fact)}</td></tr>"
-            for name, fact in self._facts().items()
-        )
-        return f"<h3>Capture</h3><table>{rows}</table>"
-
-
-def _stack(layer: dict[str, Any]) -> str:
-    """That of a layer in the manifest; version 1 knew decoders only."""
-    return str(layer.get("stack", "decoder"))

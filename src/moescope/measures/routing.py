@@ -4,7 +4,6 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray as Array
 
-MATCHED_DRAWS = 2  # random matchings of token counts averaged in one divergence
 _NO_WEIGHT = -1e3  # a logit so far below the largest has a weight of exactly 0
 
 
@@ -63,21 +62,21 @@ def jensen_shannon_bits(
 
 
 def matched_divergence(
-    p: Int[Array, "*rows experts"],
-    q: Int[Array, "*rows experts"],
-    random: np.random.Generator,
-    draws: int = MATCHED_DRAWS,
+    p: Int[Array, "*rows experts"], q: Int[Array, "*rows experts"], random: np.random.Generator
 ) -> Float[Array, "*rows"]:
-    """Mean Jensen-Shannon divergence in bits after drawing the larger down to equal counts.
+    """Jensen-Shannon divergence in bits after drawing all counts down to `matched_size`.
 
     The plug-in divergence grows as counts shrink, so that a small domain would look more special
-    than a large one; the larger is drawn without replacement down to the total of the smaller.
+    than a large one, and domains of short documents more than shuffled ones, which are larger.
+    Both sides of all rows are drawn, without replacement, down to one and the same total.
     """
-    swapped = (p.sum(-1) < q.sum(-1))[..., None]
-    larger = np.stack([np.where(swapped, q, p)] * draws)
-    smaller = np.stack([np.where(swapped, p, q)] * draws)
-    drawn = _drawn_down(larger, smaller.sum(-1), random)
-    return np.asarray(jensen_shannon_bits(drawn, smaller).mean(0))
+    size = np.full(p.shape[:-1], matched_size(p, q))
+    return jensen_shannon_bits(_drawn_down(p, size, random), _drawn_down(q, size, random))
+
+
+def matched_size(p: Int[Array, "*rows experts"], q: Int[Array, "*rows experts"]) -> int:
+    """The smallest total of any row of either side."""
+    return int(min(p.sum(-1).min(), q.sum(-1).min()))
 
 
 def _drawn_down(
@@ -104,24 +103,27 @@ def divergence_test(
     *,
     permutations: int,
     seed: int,
-) -> tuple[float, Float[Array, " permutations"]]:
+) -> tuple[float, Float[Array, " permutations"], int]:
     """Divergence between two groups of documents, and the same with group labels shuffled.
 
     Args:
         counts: Routing counts of the documents of both groups.
         in_second: 1 for documents of the second group, 0 for the first.
-        permutations: Shuffles of the labels; counts are matched inside each of them.
+        permutations: Shuffles of the labels. Counts are matched between the groups and over all
+            shuffles, so that it is not the documents' sizes that decide.
         seed: Seed of shuffles and matchings.
 
     Returns:
-        Observed divergence in bits, and the divergences under shuffled labels.
+        Observed divergence in bits, the divergences under shuffled labels, and the total that all
+        counts were drawn down to.
     """
     random = np.random.default_rng(seed)
     labels = np.tile(in_second.astype(float), (1 + permutations, 1))
     random.permuted(labels[1:], axis=1, out=labels[1:])
     second = (labels @ counts).astype(np.int64)
-    divergences = matched_divergence(counts.sum(0) - second, second, random)
-    return float(divergences[0]), divergences[1:]
+    first = counts.sum(0) - second
+    divergences = matched_divergence(first, second, random)
+    return float(divergences[0]), divergences[1:], matched_size(first, second)
 
 
 def _entropy(p: Float[Array, "*rows experts"]) -> Float[Array, "*rows"]:

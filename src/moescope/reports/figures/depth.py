@@ -21,6 +21,10 @@ COLUMNS = {
     "last_outside": "Whether the last value lies beyond all the others.",
 }
 
+_OTHERS, _LAST = "other layers", "last layer"
+_COLOURS = alt.Scale(domain=[_OTHERS, _LAST], range="category")
+_SHAPES = alt.Scale(domain=[_OTHERS, _LAST], range=["circle", "diamond"])
+
 
 @figures(
     "depth",
@@ -31,7 +35,8 @@ COLUMNS = {
 def draw(result: Result) -> list[Figure]:
     """All curves on one page."""
     table = result.table
-    frame = table.assign(heading=measure_headings(table))
+    places = table["last"].map({True: _LAST, False: _OTHERS})
+    frame = table.assign(heading=measure_headings(table), place=places)
     order = frame["heading"].unique().tolist()
     x = alt.X("layer:O", title="layer")
     scale = alt.Scale(zero=False)
@@ -43,16 +48,12 @@ def draw(result: Result) -> list[Figure]:
     lines = alt.Chart().mark_line(tooltip=None).encode(x, alt.Y("value:Q", scale=scale))
     points = (
         alt.Chart()
-        .mark_point(opacity=1, size=44)
+        .mark_point(filled=True, opacity=1, size=50)
         .encode(
             x,
             alt.Y("value:Q", title=None, scale=scale),
-            fill=alt.Fill(
-                "last:N",
-                title=None,
-                scale=alt.Scale(domain=[False, True], range="category"),
-                legend=alt.Legend(labelExpr="datum.value ? 'last layer' : 'other layers'"),
-            ),
+            alt.Color("place:N", title=None, scale=_COLOURS, legend=alt.Legend(symbolOpacity=1)),
+            alt.Shape("place:N", title=None, scale=_SHAPES),
             tooltip=[
                 label("measure", "measure"),
                 label("stack", "stack"),

@@ -25,11 +25,13 @@ COLUMNS = {
     "coverage": "Share of the routing, of these documents, that went to experts that are kept.",
     "coverage_other_half": "The same on the other half of the documents.",
     "agreement": "Share of these experts that are also those of the other half.",
-    "weight_bytes, weights_left": "Bytes of the weights less those of the experts left out, and "
-    "their share: counted, not measured.",
+    "weight_bytes, weights_left": "Bytes of the weights, and their share of those with all "
+    "experts: of the pruned copy; by counting where experts were only masked.",
+    "timed_as": "What was measured: the model as it is, a pruned copy of it, or, where none could "
+    "be had (short memory, or a router that rounding has choose otherwise), the model with experts "
+    "masked, which are still in memory.",
     "active_parameters": "Parameters that a token meets on average.",
-    "ratio": "Median over the rounds of the time to read a text over that of the model as it is; "
-    "experts that are left out are masked, but still in memory.",
+    "ratio": "Median over the rounds of the time to read a text over that of the model as it is.",
     "share": "Share of each domain's routing, in every layer, that asked for this size.",
 }
 
@@ -265,11 +267,10 @@ def _saving(against: pd.DataFrame, saving: pd.DataFrame) -> Figure:
         name="prune-domain-saving",
         title="What does it save?",
         how_to_read="A dot is a number of experts per layer, written beside it: what the weights "
-        "weigh then, by counting, against the rise of the loss, the mean over domains. Time is in "
-        "the table below: a token meets as many experts as before, so that reading a text takes "
-        f"about as long ({row['repeats']} rounds of {row['tokens_per_pass']} random tokens on "
-        f"{row['device']}, {row['threads']} threads, {row['dtype']}; experts that are left out are "
-        "masked, but in memory).",
+        "weigh then against the rise of the loss, the mean over domains. Time is in the table "
+        f"below ({row['repeats']} rounds of {row['tokens_per_pass']} random tokens on "
+        f"{row['device']}, {row['threads']} threads, {row['dtype']}; of a pruned copy or, where "
+        "timed_as says so, with experts masked): a token meets as many experts as before.",
         limits="A smaller model may be faster where memory is short, or where tokens are written "
         "one by one in large batches: not measured. Activations and caches are not counted.",
         chart=alt.layer(points, text.encode(x, y, alt.Text("kept:Q"))).properties(height=220),

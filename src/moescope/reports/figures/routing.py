@@ -1,7 +1,6 @@
 """Figures of the analysis `routing`: which experts are used, how much, and by which text."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import altair as alt
 import numpy as np
@@ -35,17 +34,12 @@ def draw(result: Result) -> list[Figure]:
     for stack in stacks:
         tables = {name: _of(stack, frame) for name, frame in result.tables.items()}
         named = len(stacks) > 1
-        drawn += [_named(stack, figure) if named else figure for figure in _figures(tables)]
+        drawn += [figure.of_stack(stack) if named else figure for figure in _figures(tables)]
     return drawn
 
 
 def _of(stack: str, table: pd.DataFrame) -> pd.DataFrame:
     return table[table["stack"] == stack] if "stack" in table else table
-
-
-def _named(stack: str, figure: Figure) -> Figure:
-    title = f"{stack.capitalize()}: {figure.title[0].lower()}{figure.title[1:]}"
-    return replace(figure, name=f"{figure.name}-{stack}", title=title)
 
 
 def _figures(tables: Mapping[str, pd.DataFrame]) -> list[Figure]:
@@ -229,7 +223,7 @@ def _divergence(divergence: pd.DataFrame) -> Figure:
             tip("null_p95", "shuffled, 95th percentile"),
             tip("p_value", "p"),
             tip("p_corrected", "p, corrected"),
-            tip("n_tokens", "tokens per domain", ","),
+            tip("n_tokens", "tokens a side", ","),
             tip("n_documents", "documents", ","),
         ],
     )
