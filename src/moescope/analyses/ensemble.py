@@ -12,7 +12,7 @@ from jaxtyping import Float, Int64
 from moescope.analyses.curves import Curve
 from moescope.analyses.ensemble_findings import findings
 from moescope.analyses.ensemble_measures import MEASURES, measured
-from moescope.analyses.ensemble_parts import Chosen, Parts, parts_of, whole_row_tokens
+from moescope.analyses.ensemble_parts import Chosen, Parts, parts_of
 from moescope.analyses.material import Material
 from moescope.analyses.registry import analysis
 from moescope.captures.read import Capture
@@ -51,11 +51,10 @@ class EnsembleOptions:
 )
 def ensemble(material: Material, options: EnsembleOptions) -> Result:
     """Cosines, norm ratio and relative error by layer, in four forms, beside four controls."""
-    model, manifest = material.model, material.capture.manifest
-    recorded = [(la.get("stack", "decoder"), la["index"]) for la in manifest["layers"]]
+    model = material.model
     frames = []
     with evaluating(model):
-        for stack, index in track(recorded, "ensemble: layers"):
+        for stack, index in track(material.capture.places, "ensemble: layers"):
             capture = Capture(material.run, stack=stack)
             frames.append(layer_table(capture, model.layer(index, stack), options))
     table = pd.concat(frames, ignore_index=True)
@@ -73,7 +72,9 @@ def layer_table(capture: Capture, layer: MoELayer, options: EnsembleOptions) -> 
     Raises:
         CaptureError: Inputs or residual were not recorded, or no whole rows.
     """
-    chosen = Chosen.of(capture, layer.index, whole_row_tokens(capture), options.seed)
+    chosen = Chosen.of(
+        capture, layer.index, capture.whole_row_tokens("inputs", "residual"), options.seed
+    )
     tokens: list[torch.Tensor] = []
 
     def read() -> Iterator[Parts]:

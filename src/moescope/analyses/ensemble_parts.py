@@ -11,7 +11,6 @@ from moescope.captures.places import Place
 from moescope.captures.read import Capture
 from moescope.captures.shards import read_tensor
 from moescope.decoding.columns import terms_of
-from moescope.errors import CaptureError
 from moescope.models.view import MoELayer
 
 _BYTES_AT_ONCE = 1 << 26  # of the outputs of all chosen experts, in fp32
@@ -47,26 +46,6 @@ class Chosen:
             "lowest": mass.masked_fill(unused, torch.inf).argmin(1),
         }
         return cls(experts=found, weights=mass, slots=slots)
-
-
-def whole_row_tokens(capture: Capture) -> int:
-    """How many tokens of whole rows there are; they come first.
-
-    Raises:
-        CaptureError: There are none, or inputs or residual were not recorded.
-    """
-    if missing := {"inputs", "residual"} - set(capture.recorded):
-        raise CaptureError(
-            f"{capture.folder} lacks {' and '.join(sorted(missing))}",
-            got=", ".join(capture.recorded),
-            remedy="Capture again, with --record routing inputs residual",
-        )
-    count = int(capture.manifest["num_whole_row_tokens"])
-    if not count:
-        raise CaptureError(
-            f"{capture.folder} holds no whole rows", remedy="Capture again with tokens above 0"
-        )
-    return count
 
 
 Parts = dict[str, Float[Tensor, "tokens hidden"]]

@@ -48,15 +48,14 @@ def health(material: Material, options: HealthOptions) -> Result:
 
     One layer after the other and one shard at a time; of each token, a byte is kept.
     """
-    manifest = material.capture.manifest
-    recorded = [(la.get("stack", "decoder"), la["index"]) for la in manifest["layers"]]
-    captures = {stack: Capture(material.run, stack=stack) for stack in dict(recorded)}
+    places = material.capture.places
+    captures = {stack: Capture(material.run, stack=stack) for stack in dict(places)}
     seen = survey(material.capture, documents=options.documents, sample=0, seed=options.seed)
     marks, read = loss_marks(material.capture), reader_of(material)
     document = shown_document(seen, options)
     rows, layers = [], []
     frames = defaultdict[str, list[pd.DataFrame]](list)
-    for stack, number in track(recorded, "health: layers"):
+    for stack, number in track(places, "health: layers"):
         capture = captures[stack]
         layer = Layer(
             counts=count_layer(capture, number, seen),
@@ -64,7 +63,7 @@ def health(material: Material, options: HealthOptions) -> Result:
             survey=seen,
             domains=material.capture.domains,
             options=options,
-            layers=len(recorded),
+            layers=len(places),
         )
         rows += check_rows(layer)
         layers.append(layer_row(layer))

@@ -57,10 +57,8 @@ def operations(model: MoEModel, options: NeuronsOptions) -> float:
 def neurons(material: Material, options: NeuronsOptions) -> Result:
     """Active and dead neurons, selectivity for domains, numbering, and ablations."""
     model, every = material.model, list[LayerFound]()
-    manifest = material.capture.manifest
-    recorded = [(la.get("stack", "decoder"), la["index"]) for la in manifest["layers"]]
     with evaluating(model):
-        for stack, index in track(recorded, "neurons: layers"):
+        for stack, index in track(material.capture.places, "neurons: layers"):
             capture = Capture(material.run, stack=stack)
             units = Units.of_capture(capture)
             every.append(measure_layer(capture, model.layer(index, stack), units, options))

@@ -53,9 +53,8 @@ class OutputsOptions:
 )
 def outputs(material: Material, options: OutputsOptions) -> Result:
     """Every expert on every recorded token of whole rows, layer by layer."""
-    model, manifest = material.model, material.capture.manifest
-    recorded = [(la.get("stack", "decoder"), la["index"]) for la in manifest["layers"]]
-    layers = [model.layer(index, stack) for stack, index in recorded]
+    model = material.model
+    layers = [model.layer(index, stack) for stack, index in material.capture.places]
     if all(layer.num_experts < 2 for layer in layers):
         raise ModelError(
             f"the layers of the model {model.name!r} have one expert each",

@@ -10,7 +10,6 @@ from torch import Tensor
 from moescope.captures.places import Place
 from moescope.captures.read import Capture
 from moescope.captures.shards import read_tensor
-from moescope.errors import CaptureError
 from moescope.measures.outputs import KINDS, angular, pair_means, token_cosines
 from moescope.models.offload import resident
 from moescope.models.view import MoELayer
@@ -39,7 +38,7 @@ class Recorded:
         Raises:
             CaptureError: It holds no whole rows, or no inputs.
         """
-        tokens = _whole_row_tokens(capture)
+        tokens = capture.whole_row_tokens("inputs")
         scores, chosen = [], []
         for part, routing in capture.routing_shards(layer):
             if part.start >= tokens:
@@ -58,22 +57,6 @@ class Recorded:
             documents=documents,
             first=begins | (capture.positions[:tokens] == 0),
         )
-
-
-def _whole_row_tokens(capture: Capture) -> int:
-    """How many tokens of whole rows there are; they come first."""
-    if "inputs" not in capture.recorded:
-        raise CaptureError(
-            f"{capture.folder} lacks inputs",
-            got=", ".join(capture.recorded),
-            remedy="Capture again, with --record routing inputs",
-        )
-    count = int(capture.manifest["num_whole_row_tokens"])
-    if not count:
-        raise CaptureError(
-            f"{capture.folder} holds no whole rows", remedy="Capture again with tokens above 0"
-        )
-    return count
 
 
 Outputs = Iterator[tuple[Int64[Tensor, " tokens"], Float[Tensor, "experts tokens hidden"]]]

@@ -177,6 +177,28 @@ class Capture(CaptureFacts):
         )
         return Recorded(tokens, values)
 
+    def whole_row_tokens(self, *tensors: str) -> int:
+        """How many tokens of whole rows wide tensors were recorded for; they come first.
+
+        Args:
+            *tensors: Names of those that have to be recorded.
+
+        Raises:
+            CaptureError: One was not, or no whole rows were.
+        """
+        if missing := [name for name in tensors if name not in self.recorded]:
+            raise CaptureError(
+                f"{self.folder} lacks {' and '.join(missing)}",
+                got=", ".join(self.recorded),
+                remedy=f"Capture again, with --record routing {' '.join(tensors)}",
+            )
+        count = int(self.manifest["num_whole_row_tokens"])
+        if not count:
+            raise CaptureError(
+                f"{self.folder} holds no whole rows", remedy="Capture again with tokens above 0"
+            )
+        return count
+
     def tokens_of(self, layer: int, expert: int) -> Int64[Tensor, "routed"]:
         """All tokens that a layer routed to an expert, ascending.
 
