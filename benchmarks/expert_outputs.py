@@ -28,7 +28,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import moescope
 from capture_memory import Watch
-from moescope.analyses.outputs_pass import Recorded, measured
+from moescope.analyses.outputs.one_pass import Recorded, measured
 from moescope.captures.read import Capture
 from moescope.corpora.corpus import Corpus
 from moescope.corpora.packing import Packing

@@ -26,8 +26,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import moescope
-from moescope.analyses.topk_options import Setting, TopkOptions, settings_of
-from moescope.analyses.topk_sweep import sweep
+from moescope.analyses.topk.options import Setting, TopkOptions, settings_of
+from moescope.analyses.topk.sweep import sweep
 from moescope.corpora.packing import Packing
 from moescope.corpora.sources import BUILTIN_DOMAINS, parse
 from moescope.models.view import MoEModel

@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from capture_memory import Watch
-from moescope.analyses.weights import compared
-from moescope.analyses.weights_options import WeightsOptions
+from moescope.analyses.weights.analysis import compared
+from moescope.analyses.weights.options import WeightsOptions
 from moescope.measures.matching import joined, matching, permutation_tau
 from moescope.measures.similarity import cosines, inner_products
 from moescope.models.on_disk import on_disk

@@ -52,8 +52,8 @@ def analyses_page() -> str:
         page = PAGES.get(name, f"{name}.md")
         lines.append(f"| [`{name}`]({page}) | {entry.question} | {entry.source} | {needs} |")
     about = (
-        "Each analysis is one file that declares its question, its source, its options and what it "
-        "needs; `moescope study` captures the union of the needs once and runs them.\n\n"
+        "Each analysis is one folder that declares its question, its source, its options and what "
+        "it needs; `moescope study` captures the union of the needs once and runs them.\n\n"
     )
     return NOTE + "# Analyses\n\n" + about + "\n".join(lines) + "\n"
 

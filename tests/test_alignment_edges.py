@@ -15,8 +15,8 @@ from moescope.alignment.learning import SHARES, learning_curve
 from moescope.alignment.options import FitOptions, SolverOptions
 from moescope.alignment.pairs import fit_pairs
 from moescope.alignment.samples import Samples
-from moescope.analyses.align_options import AlignOptions
-from moescope.analyses.align_tokens import TARGET_ROWS, Tokens
+from moescope.analyses.align.options import AlignOptions
+from moescope.analyses.align.tokens import TARGET_ROWS, Tokens
 from moescope.captures.read import Capture, Recorded
 from moescope.errors import AlignmentError, OptionError
 

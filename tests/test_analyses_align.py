@@ -9,9 +9,9 @@ import moescope
 from models_zoo import build
 from moescope.alignment.options import SolverOptions
 from moescope.alignment.pairs import fit_pairs
-from moescope.analyses import align_work
-from moescope.analyses.align_options import AlignOptions
-from moescope.analyses.align_tokens import held_out_documents
+from moescope.analyses.align import work as align_work
+from moescope.analyses.align.options import AlignOptions
+from moescope.analyses.align.tokens import held_out_documents
 from moescope.analyses.registry import find
 from moescope.config import build as build_options
 from moescope.corpora.packing import Packing
@@ -133,7 +133,7 @@ def test_held_out_documents_do_not_train(planted):
 
 
 def test_other_libraries_mean_other_parts(planted, monkeypatch):
-    from moescope.analyses import align as module
+    from moescope.analyses.align import analysis as module
 
     one = {"source_experts": (0,), "target_experts": (0,)}
     before = aligned(planted, **one).provenance["adapters"]

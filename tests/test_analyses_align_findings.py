@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from moescope.analyses.align_findings import findings
-from moescope.analyses.align_layers import by_layers
+from moescope.analyses.align.findings import findings
+from moescope.analyses.align.layers import by_layers
 from results_zoo import align_result as of_chance
 
 TWO = ((0, 1), (4, 5))

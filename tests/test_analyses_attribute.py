@@ -9,12 +9,12 @@ import torch
 import deviants_zoo
 import models_zoo
 import moescope
-from moescope.analyses.attribute import attribute, localised
-from moescope.analyses.attribute_direct import contributions
-from moescope.analyses.attribute_options import AttributeOptions
-from moescope.analyses.attribute_passes import batches_of
-from moescope.analyses.attribute_path import direct_rates, final_states
-from moescope.analyses.attribute_prompts import Prompt, prompts_of, tokenised
+from moescope.analyses.attribute.analysis import attribute, localised
+from moescope.analyses.attribute.direct import contributions
+from moescope.analyses.attribute.options import AttributeOptions
+from moescope.analyses.attribute.passes import batches_of
+from moescope.analyses.attribute.path import direct_rates, final_states
+from moescope.analyses.attribute.prompts import Prompt, prompts_of, tokenised
 from moescope.analyses.material import Material
 from moescope.corpora.packing import Packing
 from moescope.corpora.tokens import SpecialTokens

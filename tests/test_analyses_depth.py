@@ -8,8 +8,8 @@ from scipy.stats import kendalltau
 
 import moescope
 from moescope.analyses.curves import Curve
-from moescope.analyses.depth import DepthOptions, depth, layer_curves
-from moescope.analyses.depth_trends import findings, holm, trend_table
+from moescope.analyses.depth.analysis import DepthOptions, depth, layer_curves
+from moescope.analyses.depth.trends import findings, holm, trend_table
 from moescope.analyses.material import Material
 from moescope.errors import MoEScopeError
 from moescope.reports.registry import chapter

@@ -7,10 +7,10 @@ import captures_zoo
 import deviants_zoo
 import models_zoo
 import moescope
-from moescope.analyses import ensemble_parts
-from moescope.analyses.ensemble import EnsembleOptions, _summary, ensemble, layer_table
-from moescope.analyses.ensemble_measures import MEASURES, measured, pairs_of
-from moescope.analyses.ensemble_parts import Chosen, parts_of
+from moescope.analyses.ensemble import parts as ensemble_parts
+from moescope.analyses.ensemble.analysis import EnsembleOptions, _summary, ensemble, layer_table
+from moescope.analyses.ensemble.measures import MEASURES, measured, pairs_of
+from moescope.analyses.ensemble.parts import Chosen, parts_of
 from moescope.captures.read import Capture
 from moescope.errors import CaptureError
 from moescope.evaluate.predictions import evaluating

@@ -11,8 +11,8 @@ from torch import tensor
 import moescope
 from captures_zoo import corpus
 from deviants_zoo import switch
-from moescope.analyses.health import health
-from moescope.analyses.health_loss import marks
+from moescope.analyses.health.analysis import health
+from moescope.analyses.health.loss import marks
 from moescope.analyses.registry import find
 from moescope.captures.shards import write_shard
 from moescope.errors import OptionError

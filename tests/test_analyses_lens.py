@@ -16,8 +16,8 @@ import captures_zoo
 import deviants_zoo
 import models_zoo
 import moescope
-from moescope.analyses.lens import lens
-from moescope.analyses.lens_options import LensOptions
+from moescope.analyses.lens.analysis import lens
+from moescope.analyses.lens.options import LensOptions
 from moescope.analyses.material import Material
 from moescope.analyses.prompts import visible
 from moescope.decoding.columns import columns_of

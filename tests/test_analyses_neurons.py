@@ -7,10 +7,10 @@ import captures_zoo
 import deviants_zoo
 import families_zoo
 import models_zoo
-from moescope.analyses import neurons_reading
-from moescope.analyses.neurons import neurons
-from moescope.analyses.neurons_ablation import nearest, without
-from moescope.analyses.neurons_reading import Units, activations, alone, with_parameters
+from moescope.analyses.neurons import reading as neurons_reading
+from moescope.analyses.neurons.ablation import nearest, without
+from moescope.analyses.neurons.analysis import neurons
+from moescope.analyses.neurons.reading import Units, activations, alone, with_parameters
 from moescope.captures.read import Capture
 from moescope.corpora.corpus import Corpus
 from moescope.corpora.packing import Packing

@@ -8,10 +8,10 @@ import captures_zoo
 import deviants_zoo
 import models_zoo
 import moescope
-from moescope.analyses import outputs_pass
-from moescope.analyses.outputs import OutputsOptions, outputs, tables_of
-from moescope.analyses.outputs_pass import Recorded, _measured
-from moescope.analyses.outputs_tables import CONTRAST, mean_over_tokens, partial_over_tokens
+from moescope.analyses.outputs import one_pass as outputs_pass
+from moescope.analyses.outputs.analysis import OutputsOptions, outputs, tables_of
+from moescope.analyses.outputs.one_pass import Recorded, _measured
+from moescope.analyses.outputs.tables import CONTRAST, mean_over_tokens, partial_over_tokens
 from moescope.captures.read import Capture
 from moescope.errors import CaptureError, ModelError
 from moescope.evaluate.predictions import evaluating

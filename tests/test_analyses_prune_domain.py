@@ -8,8 +8,8 @@ import torch
 import deviants_zoo
 import models_zoo
 import moescope
-from moescope.analyses.prune_domain import prune_domain, pruned_losses
-from moescope.analyses.prune_domain_choice import (
+from moescope.analyses.prune_domain.analysis import prune_domain, pruned_losses
+from moescope.analyses.prune_domain.choice import (
     chosen,
     coverage,
     possible_counts,
@@ -17,12 +17,12 @@ from moescope.analyses.prune_domain_choice import (
     random_choice,
     size_of_share,
 )
-from moescope.analyses.prune_domain_copy import pruned_copy, standing_in
-from moescope.analyses.prune_domain_findings import findings
-from moescope.analyses.prune_domain_options import PruneDomainOptions
-from moescope.analyses.prune_domain_saving import saving_table
-from moescope.analyses.prune_domain_text import halves
-from moescope.analyses.prune_domain_use import read
+from moescope.analyses.prune_domain.copy import pruned_copy, standing_in
+from moescope.analyses.prune_domain.findings import findings
+from moescope.analyses.prune_domain.options import PruneDomainOptions
+from moescope.analyses.prune_domain.saving import saving_table
+from moescope.analyses.prune_domain.text import halves
+from moescope.analyses.prune_domain.use import read
 from moescope.corpora.packing import Packing
 from moescope.errors import CorpusError, ModelError, OptionError
 from moescope.evaluate.paired import compare
@@ -401,7 +401,7 @@ def test_a_copy_shares_what_is_not_pruned_and_the_model_stays_as_it_is(model):
 
 
 def test_where_no_copy_can_be_had_time_is_that_with_masks(model, result, monkeypatch):
-    monkeypatch.setattr("moescope.analyses.prune_domain_copy._free_bytes", lambda _: 0)
+    monkeypatch.setattr("moescope.analyses.prune_domain.copy._free_bytes", lambda _: 0)
     kept = {3: random_choice(model.layers, 3, [0])}
     masked = saving_table(model, kept, length=12, seed=0).set_index("kept")
     copied = result.tables["saving"].set_index("kept")

@@ -9,10 +9,10 @@ import torch
 import models_zoo
 import moescope
 from captures_zoo import corpus
-from moescope.analyses import topk_sweep
-from moescope.analyses.topk import curves
-from moescope.analyses.topk_options import Setting, TopkOptions, run_of, settings_of
-from moescope.analyses.topk_sweep import sweep
+from moescope.analyses.topk import sweep as topk_sweep
+from moescope.analyses.topk.analysis import curves
+from moescope.analyses.topk.options import Setting, TopkOptions, run_of, settings_of
+from moescope.analyses.topk.sweep import sweep
 from moescope.corpora.packing import Packing
 from moescope.errors import CaptureError, ModelError, OptionError
 from moescope.evaluate.paired import compare

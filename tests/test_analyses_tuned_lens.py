@@ -8,8 +8,8 @@ import models_zoo
 import moescope
 from evaluate_zoo import every_prediction, random_documents
 from moescope.analyses.material import Material
-from moescope.analyses.tuned_lens import judged, trained, tuned_lens
-from moescope.analyses.tuned_lens_options import TunedLensOptions, operations
+from moescope.analyses.tuned_lens.analysis import judged, trained, tuned_lens
+from moescope.analyses.tuned_lens.options import TunedLensOptions, operations
 from moescope.corpora.corpus import Corpus
 from moescope.corpora.packing import Packing
 from moescope.decoding.training import fit
@@ -146,7 +146,7 @@ def test_translators_are_kept_and_used_again(model, tmp_path, monkeypatch):
     assert kept.training["tokens"] == result.provenance["training_tokens"] > 0
     trainings = []
     monkeypatch.setattr(
-        "moescope.analyses.tuned_lens.fit",
+        "moescope.analyses.tuned_lens.analysis.fit",
         lambda *arguments: trainings.append(arguments) or fit(*arguments),
     )
     again = tuned_lens(tmp_path, model=model, corpus=text(6), steps=2, checks=1, bootstrap=6)
@@ -173,7 +173,7 @@ def test_an_interrupted_training_leaves_nothing(model, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("moescope.analyses.tuned_lens.fit", interrupted)
+    monkeypatch.setattr("moescope.analyses.tuned_lens.analysis.fit", interrupted)
     with pytest.raises(KeyboardInterrupt):
         trained(model, text(), OPTIONS, tmp_path / "translators")
     assert not list(tmp_path.iterdir())

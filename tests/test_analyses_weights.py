@@ -8,9 +8,9 @@ import captures_zoo
 import models_zoo
 from moescope.analyses.material import Material
 from moescope.analyses.registry import find
-from moescope.analyses.weights import compared, weights
-from moescope.analyses.weights_options import WeightsOptions
-from moescope.analyses.weights_router import Association, together_table
+from moescope.analyses.weights.analysis import compared, weights
+from moescope.analyses.weights.options import WeightsOptions
+from moescope.analyses.weights.router import Association, together_table
 from moescope.cli import main
 from moescope.errors import CaptureError, ModelError, OptionError
 from moescope.measures.dyadic import mantel

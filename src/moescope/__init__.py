@@ -14,19 +14,19 @@ if TYPE_CHECKING:
     from moescope.alignment.options import FitOptions
     from moescope.alignment.pairs import fit_pairs
     from moescope.alignment.samples import Samples
-    from moescope.analyses.align import align
-    from moescope.analyses.attribute import attribute
-    from moescope.analyses.depth import depth
-    from moescope.analyses.ensemble import ensemble
-    from moescope.analyses.health import health
-    from moescope.analyses.lens import lens
-    from moescope.analyses.neurons import neurons
-    from moescope.analyses.outputs import outputs
-    from moescope.analyses.prune_domain import prune_domain
-    from moescope.analyses.routing import routing
-    from moescope.analyses.topk import topk
-    from moescope.analyses.tuned_lens import tuned_lens
-    from moescope.analyses.weights import weights
+    from moescope.analyses.align.analysis import align
+    from moescope.analyses.attribute.analysis import attribute
+    from moescope.analyses.depth.analysis import depth
+    from moescope.analyses.ensemble.analysis import ensemble
+    from moescope.analyses.health.analysis import health
+    from moescope.analyses.lens.analysis import lens
+    from moescope.analyses.neurons.analysis import neurons
+    from moescope.analyses.outputs.analysis import outputs
+    from moescope.analyses.prune_domain.analysis import prune_domain
+    from moescope.analyses.routing.analysis import routing
+    from moescope.analyses.topk.analysis import topk
+    from moescope.analyses.tuned_lens.analysis import tuned_lens
+    from moescope.analyses.weights.analysis import weights
     from moescope.captures.read import Capture
     from moescope.captures.record import capture
     from moescope.comparison import compare
@@ -59,31 +59,31 @@ _HOMES = {
     "Routing": "models.view",
     "Run": "runs",
     "Samples": "alignment.samples",
-    "align": "analyses.align",
-    "attribute": "analyses.attribute",
+    "align": "analyses.align.analysis",
+    "attribute": "analyses.attribute.analysis",
     "capacity_curve": "alignment.capacity",
     "capture": "captures.record",
     "compare": "comparison",
     "conformance": "models.conformance",
-    "depth": "analyses.depth",
-    "ensemble": "analyses.ensemble",
+    "depth": "analyses.depth.analysis",
+    "ensemble": "analyses.ensemble.analysis",
     "fit": "alignment.fit",
     "fit_pairs": "alignment.pairs",
-    "health": "analyses.health",
+    "health": "analyses.health.analysis",
     "inspect": "models.inspection",
     "learning_curve": "alignment.learning",
-    "lens": "analyses.lens",
+    "lens": "analyses.lens.analysis",
     "load": "models.load",
-    "neurons": "analyses.neurons",
-    "outputs": "analyses.outputs",
-    "prune_domain": "analyses.prune_domain",
+    "neurons": "analyses.neurons.analysis",
+    "outputs": "analyses.outputs.analysis",
+    "prune_domain": "analyses.prune_domain.analysis",
     "report": "reports.write",
     "reproduce": "reproduction",
-    "routing": "analyses.routing",
+    "routing": "analyses.routing.analysis",
     "study": "scheduler",
-    "topk": "analyses.topk",
-    "tuned_lens": "analyses.tuned_lens",
-    "weights": "analyses.weights",
+    "topk": "analyses.topk.analysis",
+    "tuned_lens": "analyses.tuned_lens.analysis",
+    "weights": "analyses.weights.analysis",
 }
 _ROOMS = ("evaluate",)  # opened by name, such as `moescope.evaluate.loss`
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from moescope.analyses.depth import layer_curves
+from moescope.analyses.depth.analysis import layer_curves
 from moescope.captures.partial import MANIFEST
 from moescope.errors import OptionError
 from moescope.measures import intervals

@@ -15,6 +15,10 @@ CONFIG = {
     "capture": {"tokens": 4_096, "tokens_per_expert": 4_000},
     "analyses": {
         "routing": {},
+        "lens": {
+            "prompt": "Natalia sold 48 clips in April, and then she sold half as many clips in",
+            "tokens": 0,
+        },
         "align": {
             "source": 1,
             "target": 2,

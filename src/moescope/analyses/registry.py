@@ -154,9 +154,10 @@ def analysis(
 
 
 def all_analyses() -> dict[str, Analysis[Any]]:
-    """Every analysis by name; each lives in a file of this folder and registers itself."""
+    """Every analysis by name; each lives in a folder of this one and registers itself."""
     for module in iter_modules(analyses.__path__):
-        import_module(f"{analyses.__name__}.{module.name}")
+        if module.ispkg:
+            import_module(f"{analyses.__name__}.{module.name}.analysis")
     return dict(sorted(_REGISTRY.items()))
 
 
