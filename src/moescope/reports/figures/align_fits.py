@@ -137,7 +137,7 @@ def error_against_size(pairs: pd.DataFrame) -> Figure:
 def _size_panel(frame: pd.DataFrame, title: str) -> alt.Chart:
     known = frame[(frame["output_variance"] > 0) & (frame["published_mse"] > 0)]
     log = alt.Scale(type="log", nice=False, padding=12)
-    axis = alt.Axis(format=".1~g", tickCount=5, grid=False)
+    axis = alt.Axis(format=".2~g", tickCount=5, grid=False)
     chart: alt.Chart = (
         alt.Chart(known[[*NAMES, *ERROR_FIELDS]])
         .mark_circle(size=85, opacity=1, stroke="gray", strokeWidth=0.6)

@@ -104,7 +104,7 @@ def components(points: pd.DataFrame, logits: pd.DataFrame, domains: list[str]) -
         limits="Dots of one document are not independent, and two directions do not show all: the "
         "table of logits tests the whole against shuffled documents.",
         chart=by_layer(chart, list(names.values())).resolve_scale(x="independent", y="independent"),
-        panels=Panels(count=len(layers), minimum=220, preferred=400),
+        panels=Panels(count=len(layers), minimum=220, preferred=400, beside=72),
     )
 
 
