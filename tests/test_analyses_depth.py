@@ -9,7 +9,7 @@ from scipy.stats import kendalltau
 import moescope
 from moescope.analyses.curves import Curve
 from moescope.analyses.depth.analysis import DepthOptions, depth, layer_curves
-from moescope.analyses.depth.trends import findings, holm, trend_table
+from moescope.analyses.depth.trends import findings, trend_table
 from moescope.analyses.material import Material
 from moescope.errors import MoEScopeError
 from moescope.reports.registry import chapter
@@ -45,11 +45,6 @@ def test_chance_is_rejected_no_more_than_it_may_be():
     random = np.random.default_rng(0)
     p = [trend_table(curve(random.normal(size=7))).p_value[0] for _ in range(300)]
     assert np.mean(np.array(p) <= 0.1) <= 0.1 + 3 * np.sqrt(0.1 * 0.9 / 300)
-
-
-def test_holm_by_hand():
-    assert holm(np.array([0.01, 0.04, 0.03])).tolist() == pytest.approx([0.03, 0.06, 0.06])
-    assert holm(np.array([0.9, 0.5])).tolist() == [1.0, 1.0]
 
 
 def test_few_layers_have_no_p_value():

@@ -1,12 +1,11 @@
 """Whether a curve over depth rises or falls, and whether its last layer stands apart."""
 
-from itertools import accumulate
-
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
 from scipy.stats import kendalltau
 
+from moescope.measures.multiple_tests import holm
 from moescope.runs import Finding
 
 SIGNIFICANT = 0.05
@@ -34,9 +33,7 @@ def trend_table(curves: pd.DataFrame) -> pd.DataFrame:
         for names, curve in curves.groupby(by, sort=False)
     ]
     table = pd.DataFrame(rows)
-    tested = table["p_value"].notna()
-    table["p_corrected"] = np.nan
-    table.loc[tested, "p_corrected"] = holm(table.loc[tested, "p_value"].to_numpy(dtype=float))
+    table["p_corrected"] = holm(table["p_value"].to_numpy(float))
     return table
 
 
@@ -61,15 +58,6 @@ def _kendall(values: Float[np.ndarray, " layers"]) -> tuple[float, float]:
         return 0.0, 1.0
     found = kendalltau(np.arange(len(values)), values)
     return float(found.statistic), float(found.pvalue)
-
-
-def holm(p_values: Float[np.ndarray, " tests"]) -> Float[np.ndarray, " tests"]:
-    """P-values after Holm's correction, in the order given."""
-    order = np.argsort(p_values, kind="stable")
-    stepped = p_values[order] * np.arange(len(p_values), 0, -1)
-    corrected = np.empty_like(stepped)
-    corrected[order] = np.minimum(1.0, list(accumulate(stepped, max)))
-    return corrected
 
 
 def findings(trends: pd.DataFrame) -> list[Finding]:

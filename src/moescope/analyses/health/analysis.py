@@ -4,6 +4,7 @@ from collections import defaultdict
 
 import pandas as pd
 
+from moescope.analyses.contexts import reader_of
 from moescope.analyses.curves import Curve
 from moescope.analyses.health.checks import check_rows
 from moescope.analyses.health.counts import count_along
@@ -17,7 +18,6 @@ from moescope.analyses.material import Material
 from moescope.analyses.registry import analysis
 from moescope.analyses.routing.counts import count_layer
 from moescope.analyses.routing.survey import survey
-from moescope.analyses.routing.tokens import reader_of
 from moescope.captures.read import Capture
 from moescope.progress import track
 from moescope.runs import Result

@@ -3,12 +3,12 @@
 import numpy as np
 import pandas as pd
 
+from moescope.analyses.contexts import Reader
 from moescope.analyses.health.failures import independent_tokens
 from moescope.analyses.health.layer import Layer
 from moescope.analyses.health.options import HealthOptions
 from moescope.analyses.routing.survey import Survey
 from moescope.analyses.routing.tables import share_table
-from moescope.analyses.routing.tokens import Reader
 from moescope.captures.read import Capture
 from moescope.errors import OptionError
 from moescope.evaluate.totals import Resampling, difference_reach

@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import pandas as pd
 
+from moescope.analyses.contexts import reader_of
 from moescope.analyses.curves import Curve
-from moescope.analyses.depth.trends import holm
 from moescope.analyses.material import Material
 from moescope.analyses.neurons.ablation import ablation_table, planned, sweep
 from moescope.analyses.neurons.findings import findings
@@ -16,10 +15,10 @@ from moescope.analyses.neurons.reading import Units
 from moescope.analyses.neurons.selective import shown
 from moescope.analyses.neurons.tokens import with_text
 from moescope.analyses.registry import analysis
-from moescope.analyses.routing.tokens import reader_of
 from moescope.captures.read import Capture
 from moescope.evaluate.predictions import evaluating
 from moescope.evaluate.totals import Resampling
+from moescope.measures.multiple_tests import holm
 from moescope.models.view import MoEModel
 from moescope.progress import track
 from moescope.runs import Finding, Result
@@ -89,9 +88,7 @@ def _layers(every: Sequence[LayerFound]) -> pd.DataFrame:
     """One row per layer, with p-values corrected for their number."""
     table = pd.DataFrame([found.layer for found in every])
     if "p_value" in table:
-        tested = table["p_value"].notna()
-        table["p_corrected"] = np.nan
-        table.loc[tested, "p_corrected"] = holm(table.loc[tested, "p_value"].to_numpy(float))
+        table["p_corrected"] = holm(table["p_value"].to_numpy(float))
     return table
 
 

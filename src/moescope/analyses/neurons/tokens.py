@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from moescope.analyses.routing.tokens import Reader, Text
+from moescope.analyses.contexts import Reader, Text
 from moescope.captures.read import Capture
 
 

@@ -5,6 +5,7 @@ from collections import defaultdict
 import numpy as np
 import pandas as pd
 
+from moescope.analyses.contexts import reader_of
 from moescope.analyses.curves import Curve
 from moescope.analyses.material import Material
 from moescope.analyses.registry import analysis
@@ -21,7 +22,7 @@ from moescope.analyses.routing.tables import (
     layer_row,
     share_table,
 )
-from moescope.analyses.routing.tokens import reader_of, typical_tokens
+from moescope.analyses.routing.tokens import typical_tokens
 from moescope.captures.read import Capture
 from moescope.corpora.corpus import RESERVED_DOMAIN
 from moescope.measures.jackknife import GROUPS

@@ -1,56 +1,20 @@
 """The tokens most typical for each expert, and where in the text they stand."""
 
-from collections.abc import Callable, Iterable
-
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 from numpy import ndarray as Array
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from moescope.analyses.material import IN_MEMORY, Material
+from moescope.analyses.contexts import Reader, Text
 from moescope.analyses.routing.counts import LayerCounts
 from moescope.analyses.routing.options import RoutingOptions
 from moescope.analyses.routing.survey import Survey
 from moescope.captures.read import Capture
 from moescope.captures.stream import TokenShard
-from moescope.corpora.tokens import tokenizer_sha256
-from moescope.errors import CaptureError, ModelError
-from moescope.models.checkpoint import locate
 
 CONTEXTS = 3
 """Places, in as many documents, that are shown for a typical token."""
-_AROUND = 8
 _CERTAIN = 1.96
-
-Reader = Callable[[Iterable[int]], str]
-"""Token ids to text."""
-
-
-def reader_of(material: Material) -> Reader:
-    """The tokenizer the text was read with, without the weights beside it; or numbers."""
-    tokenizer = _tokenizer(material)
-    if tokenizer is None:
-        return lambda ids: " ".join(map(str, ids))
-    return lambda ids: str(tokenizer.decode(list(ids)))
-
-
-def _tokenizer(material: Material) -> PreTrainedTokenizerBase | None:
-    capture = material.capture
-    wanted = capture.manifest["tokenizer_sha256"]
-    if wanted is None:
-        return None
-    try:
-        if capture.model_name == IN_MEMORY:
-            found = material.model.tokenizer
-        else:
-            place = locate(capture.model_name, revision=capture.model_revision)
-            found = AutoTokenizer.from_pretrained(
-                place.folder, local_files_only=True, trust_remote_code=False
-            )
-    except (CaptureError, ModelError, OSError, ValueError):  # gone: numbers will have to do
-        return None
-    return found if tokenizer_sha256(found) == wanted else None
 
 
 def typical_tokens(
@@ -133,21 +97,3 @@ def _places(shard: TokenShard, counts: LayerCounts, wanted: Array) -> pd.DataFra
         }
     )
     return frame.drop_duplicates(["key", "document"]).groupby("key").head(CONTEXTS)
-
-
-class Text:
-    """The tokens of a shard, to be read."""
-
-    def __init__(self, shard: TokenShard, read: Reader) -> None:
-        self._ids, self._read = shard.token_ids.numpy(), read
-        self._where = np.stack([shard.documents.numpy(), shard.rows.numpy()], 1)
-
-    def around(self, position: int) -> str:
-        """A token in brackets, with what stands around it in its document and row."""
-        first = max(position - _AROUND, 0)
-        window = slice(first, position + _AROUND + 1)
-        same = (self._where[window] == self._where[position]).all(1)
-        ids = self._ids[window]
-        here = np.arange(first, first + len(ids)) - position
-        parts = (ids[same & (here < 0)], ids[here == 0], ids[same & (here > 0)])
-        return "{}[{}]{}".format(*(repr(self._read(part.tolist()))[1:-1] for part in parts))

@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from moescope.analyses.depth.trends import holm
 from moescope.analyses.weights.options import WeightsOptions
 from moescope.analyses.weights.pairs import Cells
 from moescope.analyses.weights.reading import Summary
 from moescope.measures.dyadic import Mantel, mantel, permutation_p
+from moescope.measures.multiple_tests import holm
 
 _ROUTERS = {"average": "router", "centred": "centred_router"}
 """Cosines of router rows beside those of mean neurons: both as they are, or both centred. What is
@@ -58,9 +58,7 @@ def router_table(every: list[Association]) -> pd.DataFrame:
         for layer, form, matrix, found in every
     ]
     table = pd.DataFrame(rows)
-    tested = table["p_value"].notna()
-    table["p_corrected"] = np.nan
-    table.loc[tested, "p_corrected"] = holm(table.loc[tested, "p_value"].to_numpy(float))
+    table["p_corrected"] = holm(table["p_value"].to_numpy(float))
     return table
 
 
