@@ -15,7 +15,7 @@ from moescope.alignment.constant import constant_adapters
 from moescope.alignment.controls import (
     all_random,
     hidden_rotation,
-    linear_control,
+    linear_map,
     project_on_outputs,
     rotation_for,
     same_output_space,
@@ -134,12 +134,12 @@ def test_random_targets_match_norms():
     assert all(not torch.equal(a, b) for i, a in enumerate(gates) for b in gates[:i])
 
 
-def test_linear_control_is_ridge_with_a_penalty_chosen_inside():
+def test_linear_map_is_ridge_with_a_penalty_chosen_inside():
     g = torch.Generator().manual_seed(0)
     x = normalised(120)
     y = x @ torch.randn(16, 16, generator=g) + 3 * torch.randn(120, 16, generator=g)
     train, inner = Samples(x[:60], y[:60]), Samples(x[60:90], y[60:90])
-    predicted = linear_control(train, inner, x[90:])
+    predicted = linear_map(train, inner)(x[90:])
     level = float((x[:60] - x[:60].mean(0)).square().mean()) * 60
     penalties = [10 ** (e / 2) for e in range(-12, 5)]
     errors = [

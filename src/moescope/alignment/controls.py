@@ -10,6 +10,7 @@ from torch import Tensor
 from moescope.alignment.options import RANDOM_SEEDS
 from moescope.alignment.randomness import generator, random_rotation
 from moescope.alignment.samples import Samples
+from moescope.experts.adapter import Adapter
 from moescope.experts.weights import ExpertWeights
 
 _PENALTIES = [10 ** (exponent / 2) for exponent in range(-12, 5)]
@@ -108,10 +109,8 @@ def _with(expert: ExpertWeights, gate: Tensor | None, up: Tensor, down: Tensor) 
     return replace(expert, gate=gate, up=up, down=down)
 
 
-def linear_control(
-    train: Samples, inner: Samples, x: Float[Tensor, "tokens hidden"]
-) -> Float[Tensor, "tokens hidden"]:
-    """Predictions on `x` of the best linear map, without any expert.
+def linear_map(train: Samples, inner: Samples) -> Adapter:
+    """The best linear map from inputs to outputs, without any expert, of form "linear".
 
     Ridge, in fp64. The penalty is the best on the inner tokens among 17 from 1e-6 to 1e2 times the
     mean variance of the inputs; the map is then fitted again on training and inner tokens together.
@@ -121,7 +120,8 @@ def linear_control(
     joined = Samples(
         torch.cat([train.inputs, inner.inputs]), torch.cat([train.outputs, inner.outputs])
     )
-    return _Ridge(joined)(x, penalty)
+    weight, shift = _Ridge(joined).map(penalty)
+    return Adapter(weight=weight.T.float(), shift=shift.float(), form="linear")
 
 
 class _Ridge:
@@ -135,10 +135,15 @@ class _Ridge:
         self.values = values.clamp_min(0)[:, None]
         self.products = self.vectors.T @ x.T @ (y - self.y_mean) / len(x)
 
-    def __call__(self, x: Tensor, penalty: float) -> Tensor:
+    def map(self, penalty: float) -> tuple[Tensor, Tensor]:
+        """Weight [hidden in, hidden out] and shift [hidden]."""
         level = penalty * self.values.mean().clamp_min(1e-30)
         weight = self.vectors @ (self.products / (self.values + level))
-        predicted: Tensor = (self.y_mean + (x.double() - self.x_mean) @ weight).float()
+        return weight, self.y_mean - self.x_mean @ weight
+
+    def __call__(self, x: Tensor, penalty: float) -> Tensor:
+        weight, shift = self.map(penalty)
+        predicted: Tensor = (shift + x.double() @ weight).float()
         return predicted
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moescope.alignment.candidates import Candidate, Workshop
 from moescope.alignment.checks import refusal, require_fitting
-from moescope.alignment.controls import linear_control
+from moescope.alignment.controls import linear_map
 from moescope.alignment.evaluation import Found, refused, result_of
 from moescope.alignment.forms import fitted_options, underdetermined
 from moescope.alignment.held_out import HeldOut
@@ -105,7 +105,7 @@ def fit_pairs(
         underdetermined=loose,
         outcomes=dict(outcomes),
         controls={n: workshop.controls(n) for n in targets} if options.controls else {},
-        linear=held.errors(linear_control(workshop.rest, workshop.inner, held_out.inputs)),
+        linear=held.errors(linear_map(workshop.rest, workshop.inner)(held_out.inputs)),
         published_mse=_published_mse(train, targets, outcomes, options),
     )
     results = {}

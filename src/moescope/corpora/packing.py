@@ -1,6 +1,6 @@
 """Documents into rows of equal length, and rows of several domains into batches."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moescope.errors import OptionError
 
+_TENSORS = ("input_ids", "attention_mask", "kept", "documents", "domains")
 Span = tuple[int, Int64[np.ndarray, "_"]]
 """Consecutive tokens of one document: its running number and the token ids. No tokens mean that
 the document has ended."""
@@ -168,3 +169,35 @@ def collate(
         first_row=first_row,
         document_names=names,
     )
+
+
+def rows_holding(
+    batches: Iterable[Batch], documents: Bool[Tensor, " documents"], rows: int
+) -> Iterator[Batch]:
+    """The rows that hold tokens of chosen documents, gathered into batches again.
+
+    Only tokens of these documents are kept (`Batch.kept`); the others of their rows are context.
+
+    Args:
+        batches: A corpus.
+        documents: Which of its documents, by running number.
+        rows: Rows per batch.
+    """
+    waiting: list[dict[str, Tensor]] = []
+    for batch in batches:
+        chosen = documents[batch.documents.clamp_min(0)] & (batch.documents >= 0) & batch.kept
+        tensors = {name: getattr(batch, name) for name in _TENSORS} | {"kept": chosen}
+        waiting += [
+            {name: tensor[row] for name, tensor in tensors.items()}
+            for row in chosen.any(1).nonzero()[:, 0]
+        ]
+        while len(waiting) >= rows:
+            yield _gathered(waiting[:rows])
+            waiting = waiting[rows:]
+    if waiting:
+        yield _gathered(waiting)
+
+
+def _gathered(rows: Sequence[Mapping[str, Tensor]]) -> Batch:
+    tensors = {name: torch.stack([row[name] for row in rows]) for name in _TENSORS}
+    return Batch(**tensors, first_row=0, document_names={})

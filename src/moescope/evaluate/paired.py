@@ -5,11 +5,11 @@ from contextlib import AbstractContextManager
 
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from moescope.corpora.corpus import Corpus
-from moescope.corpora.packing import Batch
+from moescope.corpora.packing import Batch, rows_holding
 from moescope.errors import ModelError, OptionError
 from moescope.evaluate.predictions import Targets, evaluating, forward, require_decoder_only
 from moescope.evaluate.totals import (
@@ -33,6 +33,7 @@ def compare(
     corpus: Corpus,
     interventions: Interventions,
     *,
+    documents: Bool[Tensor, " documents"] | None = None,
     bootstrap: int = 1_000,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -46,6 +47,8 @@ def compare(
         model: The model; it is put into evaluation mode meanwhile.
         corpus: The text, read with the model's own tokenizer.
         interventions: What to compare with; each is entered once per batch.
+        documents: Which documents count, by running number; others are read only where they share
+            rows with these. None: all.
         bootstrap: Resamples of documents behind each 95% interval.
         seed: Seed of the resamples.
 
@@ -67,8 +70,11 @@ def compare(
     totals = {name: Totals(corpus.domains) for name in (BASELINE, *interventions)}
     before = model.fingerprint
     require_decoder_only(model)
+    batches = corpus.batches(model.tokenizer)
+    if documents is not None:
+        batches = rows_holding(batches, documents, corpus.packing.rows)
     with evaluating(model):
-        for batch in track(corpus.batches(model.tokenizer), "compare: batches"):
+        for batch in track(batches, "compare: batches"):
             _compare_batch(model, batch, interventions, totals)
     if model.fingerprint != before:
         raise ModelError(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moescope.errors import OptionError
 from moescope.experts.adapter import Adapter
+from moescope.experts.weights import ExpertWeights
 from moescope.models.view import Function, MoELayer, Replacement
 
 Expert = tuple[MoELayer, int]
@@ -20,7 +21,9 @@ Expert = tuple[MoELayer, int]
 
 
 @contextmanager
-def substitute(source: Expert, target: Expert, adapter: Adapter | None = None) -> Iterator[None]:
+def substitute(
+    source: Expert, target: Expert | ExpertWeights | None, adapter: Adapter | None = None
+) -> Iterator[None]:
     """Have tokens that are routed to `source` computed by `target`: f_target(A(x)) (MoE Align).
 
     The target is what its parameters say: if its own function is changed too, that is for the
@@ -29,26 +32,28 @@ def substitute(source: Expert, target: Expert, adapter: Adapter | None = None) -
 
     Args:
         source: Whose tokens.
-        target: Who computes them: any layer, also the source itself.
+        target: Who computes them: an expert of any layer, also the source itself; weights that
+            belong to no model, on the device of the source; or None: A(x) alone, no expert.
         adapter: A, of the width of the model, on any device, in any dtype; its tensors may
             require gradients. None for none.
 
     Raises:
         OptionError: There is no such expert, or widths do not fit.
     """
-    layer, number = target
-    layer.check_experts([number])
-    if layer.hidden_size != source[0].hidden_size:
-        raise OptionError(
-            "source and target are not of the same width",
-            got=layer.hidden_size,
-            expected=source[0].hidden_size,
-        )
-    adapt = _adapting(adapter, layer.hidden_size)
-    if source[0] is layer and source[1] == number:
-        function: Replacement = lambda before, x: before(adapt(x))  # noqa: E731
-    else:
+    width = source[0].hidden_size
+    adapt = _adapting(adapter, width)
+    function: Replacement = lambda _, x: adapt(x)  # noqa: E731
+    if isinstance(target, ExpertWeights):
+        _require_width(target.hidden_size, width)
+        weights = target
+        function = lambda _, x: weights(adapt(x).to(weights.up)).to(x)  # noqa: E731
+    elif target is not None:
+        layer, number = target
+        layer.check_experts([number])
+        _require_width(layer.hidden_size, width)
         function = lambda _, x: layer.expert_outputs(adapt(x), [number])[0]  # noqa: E731
+        if source[0] is layer and source[1] == number:
+            function = lambda before, x: before(adapt(x))  # noqa: E731
     with _changed(source, function):
         yield
 
@@ -89,6 +94,11 @@ def replace_output(expert: Expert, value: Float[Tensor, " hidden"] | float) -> I
     fixed = torch.as_tensor(value)
     with _changed(expert, lambda _, x: fixed.to(x).expand_as(x)):
         yield
+
+
+def _require_width(got: int, expected: int) -> None:
+    if got != expected:
+        raise OptionError("source and target are not of the same width", got=got, expected=expected)
 
 
 def _changed(expert: Expert, function: Replacement) -> AbstractContextManager[None]:
