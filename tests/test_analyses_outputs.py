@@ -9,8 +9,9 @@ import deviants_zoo
 import models_zoo
 import moescope
 from moescope.analyses.outputs import one_pass as outputs_pass
-from moescope.analyses.outputs.analysis import OutputsOptions, outputs, tables_of
+from moescope.analyses.outputs.analysis import of_layer, outputs
 from moescope.analyses.outputs.one_pass import Recorded, _measured
+from moescope.analyses.outputs.options import OutputsOptions, operations
 from moescope.analyses.outputs.tables import CONTRAST, mean_over_tokens, partial_over_tokens
 from moescope.captures.read import Capture
 from moescope.errors import CaptureError, ModelError
@@ -18,6 +19,7 @@ from moescope.evaluate.predictions import evaluating
 from moescope.evaluate.totals import Resampling
 from moescope.measures.outputs import KINDS, rank_correlations
 from moescope.models.load import load
+from moescope.models.on_disk import in_memory
 from moescope.reports.registry import chapter
 from test_analyses_topk import make_experts_equal
 
@@ -149,6 +151,9 @@ def test_equal_experts_have_cosine_one(tmp_path):
     assert np.isnan(norms.value[0, "spearman"])
     assert norms.status[0, "spearman"] == norms.status[0, "partial"] == "undefined"
     assert norms.value[0, "hit_rate"] == pytest.approx(3 / 8)  # all are the longest
+    assert (found.tables["weights"]["status"] == "undefined").all()
+    assert "equally alike" in found.findings[5].text
+    assert len(chapter("outputs").draw(found)) == 4
 
 
 def test_experts_that_are_negatives_are_opposite(tmp_path):
@@ -236,7 +241,7 @@ def test_only_some_outputs_are_in_memory_at_a_time(model, run, monkeypatch):
         layer, "expert_outputs", lambda x, experts: seen.append(len(x)) or own(x, experts)
     )
     with evaluating(model):
-        tables_of(Capture(run), layer, OutputsOptions(bootstrap=10))
+        of_layer(Capture(run), layer, in_memory(model), OutputsOptions(bootstrap=10))
     assert max(seen) == 20
     assert sum(seen) == 2 * Capture(run).num_tokens
 
@@ -262,6 +267,91 @@ def test_curves_have_one_value_per_layer(result):
         read = curve.read(result)
         assert read["layer"].tolist() == [0, 1]
         assert (read["low"] < read["value"]).all()
+
+
+def noised_copies(model, steps):
+    """Experts that begin as copies of the first, each with noise of so many times its weights."""
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for layer in model.layers:
+            make_experts_equal(layer)
+            for expert, step in zip(range(layer.num_experts), steps, strict=True):
+                for tensor in layer.expert_tensors(expert).values():
+                    noise = torch.randn(tensor.shape, generator=random)
+                    tensor.add_(step * tensor.std() * noise)
+    return model
+
+
+def test_copies_with_more_and_more_noise_agree_in_weights_and_outputs(tmp_path):
+    model = noised_copies(load(models_zoo.build("mixtral")), np.linspace(0.05, 1.5, 8))
+    captured(model, tmp_path)
+    found = outputs(tmp_path, model=model, bootstrap=20)
+    by_layers = found.tables["weights"].set_index(["layer", "weights", "outputs"])
+    assert len(by_layers) == 2 * 4 * 2
+    for layer in (0, 1):
+        for measure in ("cosine", "matched", "cka"):
+            row = by_layers.loc[layer, measure, "cosine"]
+            assert row["value"] > 0.9
+            assert row["p_corrected"] <= 0.05
+            assert row["value_low"] < row["value"] < row["value_high"] < 1
+            assert row["n_pairs"] == 28
+    whole = found.tables["weights_together"].set_index(["weights", "outputs"])
+    assert whole["p_value"]["cosine", "cosine"] == 1 / 10_000
+    assert (whole["n_layers"] == 2).all()
+    assert "Do experts with similar weights" in found.findings[5].text
+    pairs = rows(found.tables["pairs"], layer=0)
+    own = by_layers["value"][0, "matched", "cosine"]
+    assert pairs["weights_matched"].corr(pairs["later_cosine"], "spearman") == pytest.approx(own)
+
+
+def test_weights_compared_are_those_of_the_analysis_weights(model, run, result):
+    theirs = moescope.weights(run, model=model, permutations=9).tables["pairs"]
+    theirs = theirs[theirs.layer == theirs.other_layer].set_index(
+        ["layer", "expert", "other_expert"]
+    )
+    ours = result.tables["pairs"].set_index(["layer", "expert", "other_expert"])
+    for measure in ("cosine", "average"):
+        expected = theirs[f"{measure}_all"][ours.index]
+        np.testing.assert_allclose(ours[f"weights_{measure}"], expected, atol=1e-7)
+
+
+def test_some_experts_are_matched(model, run):
+    found = outputs(run, model=model, bootstrap=20, matched=5, permutations=99)
+    table = rows(found.tables["weights"], layer=1, outputs="cosine").set_index("weights")
+    assert table["n_pairs"].to_dict() == {"cosine": 28, "average": 28, "matched": 10, "cka": 10}
+    assert rows(found.tables["pairs"], layer=1)["weights_matched"].notna().sum() == 10
+    none = outputs(run, model=model, bootstrap=20, matched=0, permutations=99)
+    assert set(none.tables["weights"]["weights"]) == {"cosine", "average"}
+    assert len(chapter("outputs").draw(none)) == 5
+
+
+def test_experts_without_plain_weights_have_outputs_all_the_same(model, run, monkeypatch):
+    def refused(self, expert):
+        raise ModelError("quantised")
+
+    for layer in model.layers:
+        monkeypatch.setattr(type(layer), "expert_weights", refused)
+    found = outputs(run, model=model, bootstrap=20)
+    assert "weights" not in found.tables
+    assert "no plain numbers" in found.findings[5].text
+    assert len(chapter("outputs").draw(found)) == 4
+
+
+def test_fewer_tokens_than_were_recorded(model, run):
+    found = outputs(run, model=model, bootstrap=20, tokens=100, permutations=9)
+    assert rows(found.table, tokens="all")["n_tokens"].max() == 100
+    whole = by_hand(model, run)[:, :100]
+    alike = torch.cosine_similarity(whole[0], whole[1], dim=1).mean().item()
+    pair = rows(found.tables["pairs"], layer=0, expert=0, other_expert=1)
+    assert pair["cosine"].item() == pytest.approx(alike, abs=1e-6)
+
+
+def test_work_is_that_of_all_experts_twice(model):
+    # 8 experts of 3 matrices, two operations a weight, and products of 8 by 8 outputs.
+    layer = model.layers[0]
+    weights = 3 * layer.hidden_size * layer.intermediate_size
+    once = 8 * 2 * weights + 2 * 8 * 8 * layer.hidden_size
+    assert operations(model, OutputsOptions(tokens=7)) == pytest.approx(2 * 7 * 2 * once)
 
 
 def test_few_documents_have_no_intervals(model, tmp_path):
@@ -320,7 +410,7 @@ def test_offloaded_it_is_the_same(tmp_path):
     captured(whole, tmp_path / "run")
     with torch.no_grad():
         tables = [
-            tables_of(Capture(tmp_path / "run"), one.layers[0], OutputsOptions(bootstrap=10))
+            of_layer(Capture(tmp_path / "run"), one.layers[0], in_memory(one), OutputsOptions())[0]
             for one in (whole, offloaded)
         ]
     pd.testing.assert_frame_equal(tables[0]["pairs"], tables[1]["pairs"])
@@ -367,6 +457,7 @@ def test_figures(result):
         "outputs-experts",
         "outputs-preference",
         "outputs-ranks",
+        "outputs-weights",
     ]
     for figure in drawn:
         assert figure.specification()["datasets"]

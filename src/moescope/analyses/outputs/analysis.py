@@ -1,32 +1,31 @@
 """Outputs of all experts for the same token: how alike, how long, and which the router prefers."""
 
-from dataclasses import dataclass
-
+import numpy as np
 import pandas as pd
 
 from moescope.analyses.curves import Curve
 from moescope.analyses.material import Material
+from moescope.analyses.outputs.by_weights import (
+    Association,
+    associations,
+    by_layer,
+    together,
+    weight_columns,
+    weights_alike,
+)
 from moescope.analyses.outputs.findings import findings
 from moescope.analyses.outputs.one_pass import Recorded, measured
+from moescope.analyses.outputs.options import OutputsOptions, operations
 from moescope.analyses.outputs.tables import layer_tables
 from moescope.analyses.registry import analysis
 from moescope.captures.read import Capture
 from moescope.errors import ModelError
 from moescope.evaluate.predictions import evaluating
 from moescope.evaluate.totals import Resampling
+from moescope.models.on_disk import StoredLayers, in_memory
 from moescope.models.view import MoELayer
 from moescope.progress import track
 from moescope.runs import Result
-
-
-@dataclass(frozen=True, kw_only=True)
-class OutputsOptions:
-    """Options of `outputs`."""
-
-    bootstrap: int = 1_000
-    """Resamples of documents behind each 95% interval."""
-    seed: int = 0
-    """Seed of the resamples, and of the order of ranks that tie."""
 
 
 @analysis(
@@ -34,6 +33,7 @@ class OutputsOptions:
     source="A Closer Look into MoE (outputs, norms); centring, controls and intervals ours",
     needs={"inputs", "live model"},
     options=OutputsOptions,
+    work=operations,
     curves=(
         Curve(
             measure="angular similarity of outputs",
@@ -49,6 +49,13 @@ class OutputsOptions:
             limits=("value_low", "value_high"),
             where={"measure": "spearman", "tokens": "all"},
         ),
+        Curve(
+            measure="rank correlation, matched weights with outputs",
+            table="weights",
+            value="value",
+            limits=("value_low", "value_high"),
+            where={"weights": "matched", "outputs": "cosine"},
+        ),
     ),
 )
 def outputs(material: Material, options: OutputsOptions) -> Result:
@@ -60,14 +67,21 @@ def outputs(material: Material, options: OutputsOptions) -> Result:
             f"the layers of the model {model.name!r} have one expert each",
             expected="two or more, to compare their outputs",
         )
+    stored = in_memory(model)
+    found, every = [], list[Association]()
     with evaluating(model):
-        found = [
-            tables_of(Capture(material.run, stack=layer.stack), layer, options)
-            for layer in track(layers, "outputs: layers")
-        ]
+        for layer in track(layers, "outputs: layers"):
+            capture = Capture(material.run, stack=layer.stack)
+            tables, associated = of_layer(capture, layer, stored, options)
+            found.append(tables)
+            every += associated
     tables = {
         name: pd.concat([layer[name] for layer in found], ignore_index=True) for name in found[0]
     }
+    if every:
+        tables["weights"] = by_layer(every)
+    if any(np.isfinite(one.found.rho) for one in every):
+        tables["weights_together"] = together(every)
     return Result(
         name="outputs",
         tables=tables,
@@ -76,14 +90,18 @@ def outputs(material: Material, options: OutputsOptions) -> Result:
     )
 
 
-def tables_of(
-    capture: Capture, layer: MoELayer, options: OutputsOptions
-) -> dict[str, pd.DataFrame]:
-    """The tables of one layer.
+def of_layer(
+    capture: Capture, layer: MoELayer, stored: StoredLayers, options: OutputsOptions
+) -> tuple[dict[str, pd.DataFrame], list[Association]]:
+    """The tables of one layer, and whether its experts' weights say how alike outputs are.
 
     Raises:
         CaptureError: Inputs were not recorded, or no whole rows.
     """
-    recorded = Recorded.of(capture, layer.index)
+    recorded = Recorded.of(capture, layer.index, options.tokens)
     resampling = Resampling(resamples=options.bootstrap, seed=options.seed)
-    return layer_tables(layer, recorded, measured(capture, layer, recorded), resampling)
+    found = measured(capture, layer, recorded)
+    tables = layer_tables(layer, recorded, found, resampling)
+    alike = weights_alike(stored, layer, options)
+    tables["pairs"] = tables["pairs"].assign(**weight_columns(tables["pairs"], alike))
+    return tables, associations(layer, alike, recorded, found, options)

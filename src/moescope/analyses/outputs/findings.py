@@ -7,6 +7,9 @@ import pandas as pd
 from moescope.analyses.outputs.tables import CONTRAST
 from moescope.runs import Finding
 
+SIGNIFICANT = 0.05
+"""Of p-values after Holm's correction."""
+
 
 def findings(tables: Mapping[str, pd.DataFrame], *, weighs_inputs: bool) -> list[Finding]:
     """Likeness by depth, chosen against not, without first positions; norms against scores."""
@@ -16,6 +19,7 @@ def findings(tables: Mapping[str, pd.DataFrame], *, weighs_inputs: bool) -> list
         _first(tables["outputs"]),
         _preference(tables["norms"]),
         _expert_norms(tables["experts"]),
+        _by_weights(tables),
     ]
     if weighs_inputs:
         found.append(
@@ -106,6 +110,35 @@ def _expert_norms(table: pd.DataFrame) -> Finding:
         f"{ratio.max():.2f} times as long as the shortest.",
         numbers={"least": ratio.min(), "most": ratio.max()},
     )
+
+
+def _by_weights(tables: Mapping[str, pd.DataFrame]) -> Finding:
+    if "weights_together" not in tables:
+        return Finding(
+            text="Weights and outputs cannot be held against one another: weights are no plain "
+            "numbers, all pairs are equally alike, or there are fewer than three experts."
+        )
+    layers, together = tables["weights"], tables["weights_together"]
+    said, numbers = [], dict[str, float]()
+    for (stack, outputs), rows in together.groupby(["stack", "outputs"], sort=False):
+        shares = [
+            f"{row['weights']} {_value(row)}, p = {row['p_corrected']:.2g}"
+            for _, row in rows.iterrows()
+        ]
+        where = "" if stack == "decoder" else "in the encoder, "
+        said.append(f"{where}{str(outputs).replace('_', ' ')} of outputs: {'; '.join(shares)}")
+        numbers |= {
+            f"{stack}_{outputs}_{row['weights']}": row["value"] for _, row in rows.iterrows()
+        }
+    clear = int((layers["p_corrected"] <= SIGNIFICANT).sum())
+    text = (
+        f"Do experts with similar weights give similar outputs? Spearman's correlation over the "
+        f"pairs of a layer, mean over layers, by how weights are compared: {'. '.join(said)} (p "
+        f"corrected, from {int(layers['permutations'].iloc[0]):,} permutations of the experts of "
+        f"all layers at once). Of {layers['value'].notna().sum()} single layers and measures "
+        f"{clear} are clear after correction."
+    )
+    return Finding(text=text, numbers=numbers)
 
 
 def _rows(table: pd.DataFrame, measure: str, pairs: str, tokens: str = "all") -> pd.DataFrame:

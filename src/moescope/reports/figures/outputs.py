@@ -1,9 +1,10 @@
 """Figures of the analysis `outputs`: likeness by depth and by pair, norms against scores."""
 
 import altair as alt
-import numpy as np
 import pandas as pd
 
+from moescope.reports.figures.outputs_layers import by_layer, series, spread
+from moescope.reports.figures.outputs_weights import WEIGHTS_COLUMNS, weights_figure
 from moescope.reports.figures.weights_matrices import Layered, with_places
 from moescope.reports.marks import (
     cell_numbers,
@@ -36,7 +37,7 @@ COLUMNS = {
     "chosen": "Share of tokens that used the expert.",
     "score_rank, norm_rank": "Within a token, from 1 for the smallest.",
     "share": "Of the tokens' experts with this score rank, those with this norm rank.",
-}
+} | WEIGHTS_COLUMNS
 
 _MEASURES = {
     "angular": "angular similarity",
@@ -52,8 +53,6 @@ _PAIRS = {
 _CORRELATIONS = {"spearman": "Spearman", "partial": "given each expert's mean"}
 PUBLISHED = (0.33, 0.23, 0.20, 0.19, 0.20, 0.25, 0.38, 0.69)
 """Diagonal of the rank matrix of Mixtral (A Closer Look into MoE), ranks 1 to 8."""
-_MOST_PANELS = 12
-_MOST_CELLS = 20_000
 _MOST_NUMBERS = 8
 """Ranks up to which shares are written into their cells."""
 _CELL = 8
@@ -69,13 +68,16 @@ _SAMPLE = " 95% intervals are over documents (none under 30 documents)."
 )
 def draw(result: Result) -> list[Figure]:
     """Likeness by depth and by pair; ranks of norm and score."""
-    tables = {name: with_places(table) for name, table in result.tables.items()}
-    return [
+    tables = {name: with_places(table) for name, table in result.tables.items() if "layer" in table}
+    drawn = [
         _depth(tables["outputs"]),
         _experts(tables["pairs"]),
         _preference(tables["norms"]),
         _ranks(tables["ranks"]),
     ]
+    if "weights" in tables and tables["weights"]["value"].notna().any():
+        drawn.append(weights_figure(tables["weights"], tables["pairs"]))
+    return drawn
 
 
 def _depth(table: pd.DataFrame) -> Figure:
@@ -109,40 +111,12 @@ def _depth_panel(rows: pd.DataFrame, title: str) -> Layered:
         legend=alt.Legend(columns=4, symbolType="circle"),
     )
     level = 0.5 if title == _MEASURES["angular"] else 0.0
-    return _by_layer(rows, colour, title, level, label("series", "pairs"))
-
-
-def _by_layer(
-    rows: pd.DataFrame, colour: alt.Color, title: str, level: float, name: alt.Tooltip
-) -> Layered:
-    """Lines over layers with intervals, and a dashed line at what chance gives."""
-    order = rows["place"].unique().tolist()
-    x = alt.X("place:N", sort=order, title="layer")
-    scale = alt.Scale(zero=False)
-    base = alt.Chart(rows)
-    chance = alt.Chart(pd.DataFrame({"level": [level]}))
-    tooltip = [
-        label("place", "layer"),
-        name,
-        tip("value", title),
-        tip("value_low", "95% interval, from"),
-        tip("value_high", "to"),
-        tip("n_tokens", "tokens", ","),
-        tip("n_documents", "documents", ","),
-    ]
-    y = alt.Y("value:Q", title=title, scale=scale)
-    return alt.layer(
-        chance.mark_rule(style="reference", tooltip=None).encode(alt.Y("level:Q", scale=scale)),
-        base.mark_rule(opacity=0.6, tooltip=None).encode(
-            x, alt.Y("value_low:Q", scale=scale), alt.Y2("value_high:Q"), colour
-        ),
-        base.mark_line(point=alt.OverlayMarkDef(size=30)).encode(x, y, colour, tooltip=tooltip),
-    ).properties(height=190)
+    return by_layer(rows, colour, title, level, label("series", "pairs"))
 
 
 def _experts(pairs: pd.DataFrame) -> Figure:
     swapped = pairs.rename(columns={"expert": "other_expert", "other_expert": "expert"})
-    rows, left_out = _shown(pd.concat([pairs, swapped], ignore_index=True))
+    rows, left_out = spread(pd.concat([pairs, swapped], ignore_index=True))
     x, y = alt.X("other_expert:O", title="expert"), alt.Y("expert:O", title="expert")
     reach = float(f"{rows['cosine'].abs().max():.1g}") if rows["cosine"].notna().any() else 1.0
     colour = diverging("cosine:Q", "mean cosine", max(reach, 0.001)).legend(format=".2~g")
@@ -175,7 +149,7 @@ def _preference(table: pd.DataFrame) -> Figure:
     hits = rows[rows["measure"] == "hit_rate"].assign(series="longest is used")
     chance = float(hits["chance"].mean()) if len(hits) else 0.0
     panels = [
-        _by_layer(part, _series(part), title, level, label("series", "measure"))
+        by_layer(part, series(part), title, level, label("series", "measure"))
         for part, title, level in (
             (ranks, "correlation of norm and score", 0.0),
             (hits, "tokens whose longest is used", chance),
@@ -196,15 +170,8 @@ def _preference(table: pd.DataFrame) -> Figure:
     )
 
 
-def _series(rows: pd.DataFrame) -> alt.Color:
-    names = rows["series"].unique().tolist()
-    legend = alt.Legend(columns=2, symbolType="circle") if len(names) > 1 else None
-    scale = alt.Scale(domain=names, range="category")
-    return alt.Color("series:N", title=None, sort=None, scale=scale, legend=legend)
-
-
 def _ranks(table: pd.DataFrame) -> Figure:
-    rows, left_out = _shown(table)
+    rows, left_out = spread(table)
     number = int(rows["score_rank"].max())
     chance = 1 / number
     rows = rows.assign(excess=rows["share"] - chance)
@@ -237,17 +204,6 @@ def _ranks(table: pd.DataFrame) -> Figure:
         chart=_facets(alt.layer(*marks, data=rows), rows, number),
         panels=_facet_panels(rows, number),
     )
-
-
-def _shown(rows: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-    """Layers spread over depth, as many as can be drawn, and what to say of the others."""
-    places = rows["place"].unique()
-    most = max(1, min(_MOST_PANELS, _MOST_CELLS // (len(rows) // len(places))))
-    spread = np.linspace(0, len(places) - 1, min(most, len(places))).round().astype(int)
-    kept = rows[rows["place"].isin(places[spread])]
-    left = len(places) - len(spread)
-    said = f" {left} layers are left out." if left else ""
-    return kept.assign(heading="layer " + kept["place"]), said
 
 
 def _facets(layers: Layered, rows: pd.DataFrame, number: int) -> alt.FacetChart:
