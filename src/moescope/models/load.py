@@ -48,8 +48,9 @@ def load(
     """Load a mixture-of-experts model in evaluation mode, and prove that its parts add up.
 
     Args:
-        model: Name of a reference model ("tiny"), folder, Hub id, or a model in memory. Only a
-            Hub id is looked up on the network. Weights are read from safetensors files only.
+        model: Name of a reference model ("tiny", "tiny-switch"), folder, Hub id, or a model in
+            memory. Only a Hub id is looked up on the network. Weights are read from safetensors
+            files only.
         tokenizer: The same for the tokenizer; by default what lies beside the weights, if any.
         revision: Branch, tag, or commit, for a Hub id.
         dtype: "auto" (as saved), or the dtype to load in.
