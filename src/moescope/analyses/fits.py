@@ -15,10 +15,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from moescope.alignment.controls import linear_map, same_output_space
+from moescope.alignment.held_out import HeldOut
 from moescope.alignment.options import FitOptions
 from moescope.alignment.pairs import fit_pairs
 from moescope.alignment.randomness import generator
@@ -128,11 +130,15 @@ class Fits:
         recorded = self._recorded[source.layer][source.expert]
         return self.tokens.samples(layer, source.expert, recorded, None)
 
-    def linear(self, source: Source) -> Adapter:
-        """The best linear map in the place of the source: no expert stands behind it."""
+    def inner(self, source: Source) -> tuple[Samples, Samples]:
+        """Its training tokens: those that weights are trained on, and those set aside to choose."""
         train, _ = self.samples(source)
         name = generator(self.options.seed, str(source), "inner tokens")
-        return linear_map(*train.split(self.options.solver.inner_share, name))
+        return train.split(self.options.solver.inner_share, name)
+
+    def linear(self, source: Source) -> Adapter:
+        """The best linear map in the place of the source: no expert stands behind it."""
+        return linear_map(*self.inner(source))
 
     def mean(self, source: Source) -> Float[Tensor, " hidden"]:
         """Mean output of the source over its training tokens."""
@@ -159,12 +165,19 @@ class Fits:
             options=self.options,
         )
         for target in targets:
-            fit = found[str(target)]
+            fit, inner_fvu = found[str(target)], math.nan
             if fit.adapter is not None:
                 fit.adapter.save(self._adapter(source, target))
-            inner = min((point.fvu for point in fit.curve), default=float("nan"))
-            record = {"inner_fvu": inner, "row": fit.row()}
+                inner_fvu = self._inner_fvu(source, target, fit.adapter)
+            record = {"inner_fvu": inner_fvu, "row": fit.row()}
             write_json(self._record(source, target), record)
+
+    @torch.no_grad()
+    def _inner_fvu(self, source: Source, target: Target, adapter: Adapter) -> float:
+        """Of what is kept: a fit whose curve came lower may have lost to the constant adapter."""
+        trained, inner = self.inner(source)
+        expert = self._weights(target).to(dtype=torch.float32, device="cpu")
+        return HeldOut(inner, trained.outputs.mean(0)).fvu(expert(adapter(inner.inputs)))
 
     def _read(self, source: Source, target: Target) -> Fitted:
         record = read_json(self._record(source, target))

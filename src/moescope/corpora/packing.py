@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from moescope.errors import OptionError
+from moescope.errors import CorpusError, OptionError
 
 _TENSORS = ("input_ids", "attention_mask", "kept", "documents", "domains")
 Span = tuple[int, Int64[np.ndarray, "_"]]
@@ -182,20 +182,32 @@ def rows_holding(
         batches: A corpus.
         documents: Which of its documents, by running number.
         rows: Rows per batch.
+
+    Raises:
+        CorpusError: No token is of these documents, or there are more documents than are told of.
     """
-    waiting: list[dict[str, Tensor]] = []
+    waiting, found = list[dict[str, Tensor]](), False
     for batch in batches:
+        if int(batch.documents.max()) >= len(documents):
+            raise CorpusError(
+                "the text has more documents than were told chosen or not",
+                got=len(documents),
+                expected=f"more than {int(batch.documents.max())}",
+            )
         chosen = documents[batch.documents.clamp_min(0)] & (batch.documents >= 0) & batch.kept
         tensors = {name: getattr(batch, name) for name in _TENSORS} | {"kept": chosen}
         waiting += [
             {name: tensor[row] for name, tensor in tensors.items()}
             for row in chosen.any(1).nonzero()[:, 0]
         ]
+        found = found or bool(waiting)
         while len(waiting) >= rows:
             yield _gathered(waiting[:rows])
             waiting = waiting[rows:]
     if waiting:
         yield _gathered(waiting)
+    if not found:
+        raise CorpusError("the text holds no token of the chosen documents")
 
 
 def _gathered(rows: Sequence[Mapping[str, Tensor]]) -> Batch:

@@ -61,7 +61,7 @@ def compare(
         seed.
 
     Raises:
-        CorpusError: The text cannot be read, or holds nothing to predict.
+        CorpusError: The text cannot be read, or holds nothing to predict, or none of `documents`.
         ModelError: The model is an encoder-decoder, or an intervention did not restore its weights.
         OptionError: An intervention is called "baseline", or is itself a context manager.
     """
