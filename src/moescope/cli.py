@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             prog="moescope",
             description="What the experts of a mixture-of-experts language model do, and which of "
             "them do the same thing.",
-            args=arguments,
+            args=_joined(sys.argv[1:] if arguments is None else arguments),
             config=(tyro.conf.FlagCreatePairsOff,),
         )
     except MoEScopeError as error:
@@ -105,6 +105,12 @@ def commands() -> dict[str, Callable[..., None]]:
         "report": report_command,
     }
     return fixed | {name: _command_of(entry) for name, entry in all_analyses().items()}
+
+
+def _joined(arguments: Sequence[str]) -> list[str]:
+    """`swap blocks RUN` is `swap-blocks RUN`, and so for any command of two words."""
+    name = "-".join(arguments[:2])
+    return [name, *arguments[2:]] if name in commands() else list(arguments)
 
 
 def demo_command(out: Path = Path("moescope-demo"), as_json: Json = False) -> None:
@@ -279,12 +285,24 @@ def _command_of(entry: Analysis[Any]) -> Callable[..., None]:
     def command(run: Positional[Path], options: Any, as_json: Json = False) -> None:
         _show(entry.run(Material(run), options), as_json)
 
-    command.__annotations__["options"] = Annotated[entry.options, tyro.conf.OmitArgPrefixes]
-    command.__doc__ = (
+    def planned(
+        run: Positional[Path], options: Any, dry_run: bool = False, as_json: Json = False
+    ) -> None:
+        if dry_run and entry.plan is not None:
+            found = entry.plan(Material(run).model, options)
+            print(to_json(found.as_dict()) if as_json else found)
+        else:
+            command(run, options, as_json)
+
+    chosen = command if entry.plan is None else planned
+    chosen.__annotations__["options"] = Annotated[entry.options, tyro.conf.OmitArgPrefixes]
+    chosen.__doc__ = (
         f"{entry.question}\n\n"
         "Args:\n    run: Run folder; with a capture, unless a checkpoint is named."
     )
-    return command
+    if entry.plan is not None:
+        chosen.__doc__ += "\n    dry_run: Only print what it would do and how long that would take."
+    return chosen
 
 
 def _sources(corpus: Sequence[str]) -> dict[str, str]:

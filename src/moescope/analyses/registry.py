@@ -64,6 +64,9 @@ class Analysis(Generic[Options]):
     """The function: material and options in, result out."""
     work: Callable[[MoEModel, Options], float] | None = None
     """About how many floating-point operations it takes; None where that is little."""
+    plan: Callable[[MoEModel, Options], Any] | None = None
+    """What it would do and take, as an object that prints itself and has `as_dict`; None where
+    `work` says enough."""
     curves: tuple[Curve, ...] = ()
     """Its measures with one value per layer, for `depth` and `moescope compare`."""
     basis: Basis[Options] = of_capture
@@ -123,6 +126,7 @@ def analysis(
     needs: set[Need],
     options: type[Options],
     work: Callable[[MoEModel, Options], float] | None = None,
+    plan: Callable[[MoEModel, Options], Any] | None = None,
     curves: tuple[Curve, ...] = (),
     basis: Basis[Options] = of_capture,
 ) -> Callable[[Compute[Options]], Analysis[Options]]:
@@ -145,6 +149,7 @@ def analysis(
             options=options,
             compute=compute,
             work=work,
+            plan=plan,
             curves=curves,
             basis=basis,
         )

@@ -1,0 +1,1 @@
+"""Every layer against every other: which experts could do the work of which, coarse to fine."""
