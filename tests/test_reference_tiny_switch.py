@@ -11,7 +11,7 @@ from moescope.models.conformance import conformance
 from moescope.models.observe import observe
 
 FOLDER = files("moescope") / "models" / "reference" / "tiny-switch"
-QUESTIONS = files("moescope") / "corpora" / "questions" / "banking77.csv"
+QUESTIONS = files("moescope") / "corpora" / "builtin_questions" / "banking77.csv"
 EVERY = 10  # of the questions of the test split, one is read
 ACCURACY, NATS = 0.9058, 0.1308  # on these 308: exact answers, nats per token of the answers
 

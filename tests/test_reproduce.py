@@ -1,13 +1,23 @@
 import json
 from importlib.resources import files
 from pathlib import Path
+from runpy import run_path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import yaml
-from transformers import OlmoeConfig, OlmoeForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers import (
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
+)
 
 import moescope
 from moescope.analyses.registry import find
@@ -15,8 +25,10 @@ from moescope.cli import main
 from moescope.config import build, read_yaml
 from moescope.corpora.corpus import Corpus
 from moescope.corpora.packing import Packing
+from moescope.corpora.questions import Questions
 from moescope.corpora.sources import parse
 from moescope.errors import OptionError
+from moescope.evaluate.answers import compare_answers
 from moescope.models.ported.deepseek import DeepseekConfig, DeepseekForCausalLM, register
 from moescope.reproduction import reproduce
 from moescope.reproduction.file import CORRECTED, read
@@ -27,6 +39,7 @@ from moescope.runs import Run
 
 FILES = sorted(Path(__file__).parents[1].glob("reproduce/*.yaml"))
 TABLE_1 = next(file for file in FILES if file.name == "moe_align_table1.yaml")
+TABLE_2 = next(file for file in FILES if file.name == "moe_align_table2.yaml")
 TOPK = next(file for file in FILES if file.name == "moe_lens_topk.yaml")
 PAIRS = {"source_experts": [0, 4], "target_experts": [4, 8]}
 THIN = {
@@ -36,6 +49,7 @@ THIN = {
     "num_key_value_heads": 2,
     "initializer_range": 0.3,
 }
+MIXTRAL = (MixtralForCausalLM, MixtralConfig, {"intermediate_size": 16}, (8, 2))
 # As in the published configurations: class, experts, experts per token, what goes beside them.
 MODELS = {
     "Qwen/Qwen1.5-MoE-A2.7B": (
@@ -56,6 +70,24 @@ MODELS = {
         {"moe_intermediate_size": 16, "intermediate_size": 48, "first_k_dense_replace": 1},
         (64, 6),
     ),
+    "mistralai/Mixtral-8x7B-v0.1": MIXTRAL,
+    "mistralai/Mixtral-8x22B-v0.1": MIXTRAL,
+    "switch-base-8-mnli": (  # google/switch-base-8, fine-tuned
+        SwitchTransformersForConditionalGeneration,
+        SwitchTransformersConfig,
+        {
+            "num_hidden_layers": 12,
+            "num_decoder_layers": 4,
+            "num_sparse_encoder_layers": 6,
+            "num_sparse_decoder_layers": 2,
+            "num_experts": 8,
+            "d_ff": 16,
+            "d_kv": 8,
+            "initializer_factor": 1.0,
+            "decoder_start_token_id": 0,
+        },
+        (8, None),  # one by construction, which its configuration does not say
+    ),
 }
 
 
@@ -67,8 +99,8 @@ def models(tmp_path_factory):
     folders = {}
     for name, (model, config, sizes, experts) in MODELS.items():
         folders[name] = tmp_path_factory.mktemp("shrunken")
-        filled = config(**THIN, **sizes, vocab_size=len(tokenizer))
-        assert (filled.num_experts, filled.num_experts_per_tok) == experts
+        filled = config(**(THIN | sizes), vocab_size=len(tokenizer))
+        assert (filled.num_experts, getattr(filled, "num_experts_per_tok", None)) == experts
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model(filled).save_pretrained(folders[name])
@@ -302,6 +334,11 @@ QUICK = {
     "topk": {"bootstrap": 5},
     "ensemble": {"bootstrap": 5},
     "lens": {"bootstrap": 5, "tokens": 200},
+    "swap-blocks": {"questions": "banking77", "most_questions": 40, "bootstrap": 5},
+    "swap-experts": {"questions": "banking77", "most_questions": 40, "bootstrap": 5},
+    "outputs": {"bootstrap": 5, "permutations": 5, "matched": 3},
+    "neurons": {"bootstrap": 5, "permutations": 5},
+    "weights": {"permutations": 5, "null_pairs": 2, "matched": 3, "matched_across": 3},
 }
 
 
@@ -359,10 +396,10 @@ def test_every_file_runs_on_the_shrunken_class_of_its_model(file, runs):
         assert len(result.table) == len(asked.published.frame())
         assert result.table.measured.notna().any()
         assert set(result.table.comparable) == {"no"}
-        assert CORRECTED in result.tables
+        assert (CORRECTED in result.tables) == (asked.corrected is not None)
     if asked.claims:
         claims = result.tables[CLAIMS if asked.published else RESULT]
-        assert claims.published.tolist() == list(asked.claims.values())
+        assert claims.set_index("analysis").published.to_dict() == asked.claims
         assert claims.why.str.contains("another model: ").all()
         first = run.result(claims.analysis[0]).findings[0].text
         assert claims.found[0].startswith(first)
@@ -396,6 +433,25 @@ def test_the_published_form_of_topk_is_the_mean_of_documents_and_the_median_for_
     assert (min(rises), max(rises)) == pytest.approx((0.316, 1.199), abs=1e-3)
 
 
+def test_means_over_layers_are_held_against_published_means(runs):
+    router = runs(next(file for file in FILES if file.stem == "closer_look_mixtral_router"))
+    layers = router.result("weights").tables["router"]
+    layers = layers[(layers.form == "average") & (layers.matrix == "gate")]
+    line = router.result(RESULT).table.set_index("matrix").loc["gate"]
+    assert line.published == 0.33
+    assert line.measured == pytest.approx((layers.r**2).mean())
+    assert line.r == pytest.approx(layers.r.mean())
+    assert len(layers) == 3
+
+    outputs = runs(next(file for file in FILES if file.stem == "closer_look_mixtral"))
+    ranks = outputs.result("outputs").tables["ranks"]
+    counts = ranks[(ranks.score_rank == 8) & (ranks.norm_rank == 8)]["count"].sum()
+    total = ranks[ranks.score_rank == 8]["count"].sum()
+    table = outputs.result(RESULT).table
+    assert len(table) == 8
+    assert table.measured.iloc[-1] == pytest.approx(counts / total)
+
+
 def test_topk_done_right_has_intervals_and_three_weightings(runs):
     table = runs(TOPK).result(RESULT).tables[CORRECTED]
     assert set(table.weights) == {"as_is", "same_mass", "to_one"}
@@ -404,6 +460,34 @@ def test_topk_done_right_has_intervals_and_three_weightings(runs):
     right = Run(runs(TOPK).path / CORRECTED).result("topk").table
     own = right[(right.domain == "aime") & (right.k == 1) & (right.weights == "to_one")].iloc[0]
     assert (one.loss, one.difference) == (own.loss, own.difference)
+
+
+def test_accuracies_of_swapped_blocks_stand_beside_the_published_ones(runs):
+    run = runs(TABLE_2)
+    table = run.result(RESULT).table
+    assert len(table) == 21
+    assert table.measured.notna().all()
+    ours = run.result("swap-blocks").table.set_index(["layer", "other_layer"])
+    keys = pd.MultiIndex.from_frame(table[["layer", "other_layer"]])
+    np.testing.assert_array_equal(table.measured, ours.accuracy[keys])
+    assert set(ours.n_questions) == {40}
+    shown = run.result("swap-blocks").tables["routing"].query("shown").swap
+    assert shown.unique().tolist() == ["baseline", "1-3", "1-7", "1-9"]
+
+
+def test_the_fine_tuning_of_table_2_teaches_the_shrunken_model(models):
+    script = run_path(str(TABLE_2.with_suffix(".py")))
+    model = moescope.load(str(models["switch-base-8-mnli"]))
+    rows = [
+        {"hypothesis": hypothesis, "premise": "it is", "label": label}
+        for label, hypothesis in enumerate(("yes", "perhaps", "no"))
+    ]
+    asked = script["asked"](rows * 8)
+    assert asked.question[1] == "mnli hypothesis: perhaps premise: it is"
+    questions = Questions(list(asked.iloc[:3].itertuples(index=False, name=None)), {})
+    assert compare_answers(model, questions, {}, bootstrap=2).accuracy[0] == 0
+    script["fine_tune"](model, asked, epochs=40, rate=0.003)
+    assert compare_answers(model, questions, {}, bootstrap=2).accuracy[0] == 1
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import pandas as pd
 
 SEED = 0
 DEV_QUESTIONS = 1_000
-PACKAGED = Path(__file__).parents[2] / "src/moescope/corpora/questions/banking77.csv"
+PACKAGED = Path(__file__).parents[2] / "src/moescope/corpora/builtin_questions/banking77.csv"
 
 
 def read(path: Path) -> pd.DataFrame:

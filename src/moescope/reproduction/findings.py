@@ -54,7 +54,7 @@ def table_findings(published: PublishedTable, table: pd.DataFrame, model: str) -
         text += f" Not comparable: {' / '.join(reasons)}."
     counts = {"values": len(table), "measured": len(measured), "comparable": len(comparable)}
     found = [Finding(text=text, numbers=counts)]
-    if measured[published.rows].nunique() >= FEWEST_ROWS:
+    if measured[published.rows].nunique() >= FEWEST_ROWS and (measured.published > 0).all():
         found.append(_standing_out(published, measured, model))
     return [*found, _agreement(comparable)]
 

@@ -30,6 +30,8 @@ class PublishedTable:
     """Published rows of another measure, with its column."""
     where: Mapping[str, Label] = field(default_factory=dict)
     """Columns of that table that have one value throughout the published one."""
+    mean_over: str = ""
+    """Column over whose values ours is averaged, as the published values are: a layer."""
     rows: str
     """Column that tells the published rows apart."""
     columns: str
@@ -119,9 +121,13 @@ def beside(
         OptionError: Our table lacks a column.
     """
     keys = [published.rows, published.columns]
-    for name in (*where, *keys, *columns):
+    over = [published.mean_over] if published.mean_over else []
+    for name in (*where, *keys, *columns, *over):
         if name not in table:
             raise unknown(f"column of {published.analysis}:", name, table.columns)
     for name, value in where.items():
         table = table[table[name] == value]
-    return published.frame().merge(table[[*keys, *columns]], on=keys, how="left")
+    table = table[[*keys, *columns]]
+    if over:
+        table = table.groupby(keys, as_index=False).mean()
+    return published.frame().merge(table, on=keys, how="left")

@@ -1,0 +1,1 @@
+"""The analysis `swap-blocks`, and what it shares with `swap-experts`."""
