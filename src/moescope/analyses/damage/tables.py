@@ -1,0 +1,242 @@
+"""Tables of `damage`: every change, every measure against them, measures against each other."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Float
+
+from moescope.analyses.damage.correlation import (
+    Damage,
+    Estimates,
+    correlation,
+    difference,
+    interval,
+    permuted,
+    rank_correlation,
+)
+from moescope.analyses.damage.measures import MEASURES
+from moescope.analyses.damage.trials import KINDS, Kind, Trial
+from moescope.evaluate.totals import Resampling, counts, difference_columns
+from moescope.measures.jackknife import GROUPS
+from moescope.measures.multiple_tests import holm
+
+_FEWEST = 3
+"""Changes below which nothing is put in order."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Measured:
+    """Changes of one kind: what they cost, and what was known of them before."""
+
+    kind: Kind
+    """What was done."""
+    trials: Sequence[Trial]
+    """The changes."""
+    documents: pd.DataFrame
+    """domain and tokens by document."""
+    rises: Float[np.ndarray, "documents changes"]
+    """Sums over the tokens of each document of the rise of the loss, in nats."""
+    measures: pd.DataFrame
+    """Columns of `MEASURES`, one row per change."""
+
+    def damage(self, pooled: bool) -> Damage:
+        """What the changes cost, with and without groups of documents."""
+        groups = np.arange(len(self.rises)) % GROUPS
+        member = groups == np.unique(groups)[:, None]
+        kept = np.concatenate([np.ones((1, len(groups)), dtype=bool), ~member]).astype(float)
+        tokens = self.documents["tokens"].to_numpy(float)
+        experts = sorted({e for trial in self.trials for e in trial[1:3] if e is not None})
+        return Damage(
+            estimates=(kept @ self.rises) / (kept @ tokens)[:, None],
+            strata=np.array([0 if pooled else trial.stratum for trial in self.trials]),
+            members=np.array([[e in trial[1:3] for trial in self.trials] for e in experts]),
+        )
+
+    def columns(self) -> Iterator[tuple[str, Float[np.ndarray, " changes"]]]:
+        """Measures that are known of at least some, turned so that more means more damage."""
+        for name, measure in MEASURES.items():
+            values = measure.sign * self.measures[name].to_numpy(float)
+            if np.isfinite(values).sum() >= _FEWEST:
+                yield name, values
+
+    @property
+    def basis(self) -> dict[str, Any]:
+        """How much all of it rests on."""
+        return {
+            "n_changes": len(self.trials),
+            "n_experts": len({e for trial in self.trials for e in trial[1:3] if e is not None}),
+            "n_tokens": int(self.documents["tokens"].sum()),
+            "n_documents": len(self.documents),
+        }
+
+
+def changes_table(measured: Sequence[Measured], resampling: Resampling) -> pd.DataFrame:
+    """One row per change: rise of the loss with its paired interval, and every measure."""
+    rows = []
+    for kind in measured:
+        known = kind.measures.to_dict("records")
+        for number, trial in enumerate(kind.trials):
+            sums = pd.DataFrame({"tokens": kind.documents["tokens"]})
+            sums["rise"] = kind.rises[:, number]
+            other = trial.other or (None, None)
+            rows.append(
+                {"kind": trial.kind, "layer": trial.one.layer, "expert": trial.one.expert}
+                | {"other_layer": other[0], "other_expert": other[1], "stratum": trial.stratum}
+                | difference_columns(sums, "rise", resampling)
+                | counts(sums, resampling)
+                | known[number]
+            )
+    return pd.DataFrame(rows).astype({"other_layer": "Int64", "other_expert": "Int64"})
+
+
+def correlation_tables(
+    measured: Sequence[Measured], seed: int
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Every measure against the damage, and every two measures against each other.
+
+    Within layers: changes are put in order within a layer, or within a draw of pairs of the same
+    two layers; pooled: all together. p-values are corrected over the measures, and over the pairs
+    of measures, of each kind of change.
+    """
+    rows, versus = [], []
+    for kind in measured:
+        for pooled in (False, True):
+            place = {"kind": kind.kind, "ranks": "pooled" if pooled else "within layers"}
+            found = _Correlations(kind, kind.damage(pooled), seed)
+            rows += _corrected([place | row for row in found.rows()])
+            versus += _corrected([place | row for row in found.differences()])
+    return pd.DataFrame(rows).assign(seed=seed), pd.DataFrame(versus).assign(seed=seed)
+
+
+class _Correlations:
+    """All measures against the damage of one kind of change."""
+
+    def __init__(self, kind: Measured, damage: Damage, seed: int) -> None:
+        self.kind, self.damage, self.seed = kind, damage, seed
+        self.values = dict(kind.columns())
+        self._found: dict[tuple[str, bytes], Estimates] = {}
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """One per measure."""
+        for name, values in self.values.items():
+            known = np.isfinite(values)
+            p_value = permuted(values, self.damage, known, self.seed)
+            found = interval(self._of(name, known), p_value)
+            yield {
+                "measure": name,
+                "correlation": found.value,
+                "correlation_low": found.low,
+                "correlation_high": found.high,
+                "p_value": found.p_value,
+                **self.kind.basis,
+                "n_changes": int(known.sum()),
+                "status": found.status,
+            }
+
+    def differences(self) -> Iterator[dict[str, Any]]:
+        """One per pair of measures, over the changes for which both are known."""
+        for one, other in combinations(self.values, 2):
+            known = np.isfinite(self.values[one]) & np.isfinite(self.values[other])
+            if known.sum() < _FEWEST:
+                continue
+            found = difference(self._of(one, known), self._of(other, known))
+            yield {
+                "measure": one,
+                "other": other,
+                "difference": found.value,
+                "difference_low": found.low,
+                "difference_high": found.high,
+                "p_value": found.p_value,
+                "n_changes": int(known.sum()),
+                "status": found.status,
+            }
+
+    def _of(self, name: str, known: Bool[np.ndarray, " changes"]) -> Estimates:
+        key = name, known.tobytes()
+        if key not in self._found:
+            self._found[key] = correlation(self.values[name], self.damage, known)
+        return self._found[key]
+
+
+def _corrected(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    p_values = holm(np.array([row["p_value"] for row in rows], dtype=float))
+    return [row | {"p_corrected": float(p)} for row, p in zip(rows, p_values, strict=True)]
+
+
+def reliability_table(measured: Sequence[Measured], halves: int, seed: int) -> pd.DataFrame:
+    """How far the order of the damage is settled: two halves of the documents against each other.
+
+    Returns:
+        agreement, mean rank correlation of the damage on two random halves of each domain's
+        documents; ceiling, about the most that a measure which knew the damage on endless text
+        could reach here: the square root of the agreement of two texts of the whole size (Spearman
+        and Brown).
+    """
+    rows = []
+    for kind in measured:
+        for pooled in (False, True):
+            strata = kind.damage(pooled).strata
+            found = [
+                rank_correlation(*_halves(kind, np.random.default_rng([seed, draw])), strata)
+                for draw in range(halves)
+            ]
+            agreement = float(np.mean(found))
+            whole = max(2 * agreement / (1 + agreement), 0.0) if agreement > -1 else 0.0
+            rows.append(
+                {"kind": kind.kind, "ranks": "pooled" if pooled else "within layers"}
+                | {"agreement": agreement, "ceiling": whole**0.5, "halves": halves}
+                | kind.basis
+                | {"seed": seed}
+            )
+    return pd.DataFrame(rows)
+
+
+def _halves(
+    kind: Measured, random: np.random.Generator
+) -> tuple[Float[np.ndarray, " changes"], Float[np.ndarray, " changes"]]:
+    """Damage on two halves of the documents of each domain."""
+    order = random.permutation(len(kind.documents))
+    by_domain = order[kind.documents["domain"].to_numpy()[order].argsort(kind="stable")]
+    tokens = kind.documents["tokens"].to_numpy(float)
+    first, second = (
+        kind.rises[h].sum(0) / tokens[h].sum() for h in (by_domain[::2], by_domain[1::2])
+    )
+    return first, second
+
+
+def by_kind(
+    trials: Sequence[Trial],
+    losses: Mapping[Trial, pd.DataFrame],
+    baseline: pd.DataFrame,
+    known: Mapping[Kind, pd.DataFrame],
+) -> list[Measured]:
+    """What was measured, by kind of change; changes that could not be made are left out.
+
+    Args:
+        trials: All of them.
+        losses: Sums by document of those that could be made.
+        baseline: The same of the model as it is.
+        known: Measures of all trials of a kind, in their order.
+    """
+    found = []
+    for kind in KINDS:
+        own = [trial for trial in trials if trial.kind == kind]
+        made = [number for number, trial in enumerate(own) if trial in losses]
+        if len(made) < _FEWEST:
+            continue
+        before = baseline["loss"].to_numpy()
+        rises = [losses[own[number]]["loss"].to_numpy() - before for number in made]
+        found.append(
+            Measured(
+                kind=kind,
+                trials=[own[number] for number in made],
+                documents=baseline[["domain", "tokens"]],
+                rises=np.stack(rises, axis=1),
+                measures=known[kind].iloc[made].reset_index(drop=True),
+            )
+        )
+    return found

@@ -1,0 +1,126 @@
+"""What is done to experts to see what it costs: ablations, swaps, substitutions."""
+
+from collections.abc import Sequence
+from itertools import combinations_with_replacement, cycle
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from moescope.analyses.damage.losses import Change
+from moescope.analyses.fits import Fits, Source, Target
+from moescope.errors import MoEScopeError
+from moescope.interventions import mask_experts, replace_output, swap_experts
+from moescope.models.alike import require_alike
+from moescope.models.view import MoEModel
+
+Kind = Literal["zero", "mask", "swap", "substitute"]
+KINDS: tuple[Kind, ...] = ("zero", "mask", "swap", "substitute")
+_TOGETHER = 4
+"""Pairs of experts that are drawn of one pair of layers: they are compared with each other."""
+
+
+class Pair(NamedTuple):
+    """Two experts, and the draw that they come from."""
+
+    one: Source
+    """The expert that is replaced, where only one is."""
+    other: Source
+    """The expert that takes its place."""
+    draw: int
+    """Pairs of one draw are of the same two layers, and share no expert."""
+
+
+class Trial(NamedTuple):
+    """A change of the model that is to be measured."""
+
+    kind: Kind
+    """What is done."""
+    one: Source
+    """The expert that it is done to."""
+    other: Source | None = None
+    """The expert that takes its place."""
+    stratum: int = 0
+    """Trials of one are compared within layers: the layer, or the draw of the pair."""
+
+    @property
+    def name(self) -> str:
+        """As its file is called."""
+        return f"{self.kind}-{self.one}" + (f"-{self.other}" if self.other else "")
+
+
+def experts_of(model: MoEModel) -> list[Source]:
+    """All experts that have parameters, by layer."""
+    return [
+        Source(layer.index, expert)
+        for layer in model.layers
+        for expert in range(layer.num_experts)
+        if layer.expert_tensors(expert)
+    ]
+
+
+def draw_pairs(model: MoEModel, experts: Sequence[Source], number: int, seed: int) -> list[Pair]:
+    """Random pairs of experts that are built alike, in draws of four pairs of the same layers.
+
+    Every pair of layers, a layer with itself included, comes once before any comes twice.
+    """
+    random = np.random.default_rng([seed, 1])
+    by_layer = {
+        layer.index: [expert for expert in experts if expert.layer == layer.index]
+        for layer in model.layers
+    }
+    layers = [
+        (a, b)
+        for a, b in combinations_with_replacement(by_layer, 2)
+        if len(by_layer[a]) > 1 and len(by_layer[b]) > 1 and _alike(model, by_layer, a, b)
+    ]
+    layers = [layers[i] for i in random.permutation(len(layers))]
+    draws = range(-(-number // _TOGETHER))
+    found: dict[frozenset[Source], Pair] = {}
+    for draw, two in zip(draws, cycle(layers), strict=False):
+        a, b = two if random.random() < 0.5 else two[::-1]
+        left, right = (list(random.permutation(len(by_layer[layer]))) for layer in (a, b))
+        if a == b:
+            half = len(left) // 2
+            left, right = left[:half], left[half:]
+        for i, j in list(zip(left, right, strict=False))[:_TOGETHER]:
+            pair = Pair(by_layer[a][i], by_layer[b][j], draw)
+            found.setdefault(frozenset(pair[:2]), pair)
+    return list(found.values())[:number]
+
+
+def _alike(model: MoEModel, experts: dict[int, list[Source]], a: int, b: int) -> bool:
+    try:
+        require_alike(*((model.layer(layer), experts[layer][0].expert) for layer in (a, b)))
+    except MoEScopeError:
+        return False
+    return True
+
+
+def trials(experts: Sequence[Source], pairs: Sequence[Pair], model: MoEModel) -> list[Trial]:
+    """Every expert ablated in two ways, every pair swapped, one of it in place of the other.
+
+    No router is left fewer experts than it chooses.
+    """
+    enough = {layer.index: layer.num_experts > layer.top_k for layer in model.layers}
+    found = [Trial("zero", one, stratum=one.layer) for one in experts]
+    found += [Trial("mask", one, stratum=one.layer) for one in experts if enough[one.layer]]
+    for kind in KINDS[2:]:
+        found += [Trial(kind, one, other, draw) for one, other, draw in pairs]
+    return found
+
+
+def change(trial: Trial, fits: Fits) -> Change | None:
+    """What makes the change; None where no adapter could be fitted."""
+    model = fits.material.model
+    layer, expert = model.layer(trial.one.layer), trial.one.expert
+    if trial.kind == "zero":
+        return lambda: replace_output((layer, expert), 0.0)
+    if trial.kind == "mask":
+        return lambda: mask_experts(layer, [expert])
+    assert trial.other is not None
+    if trial.kind == "swap":
+        other = model.layer(trial.other.layer), trial.other.expert
+        return lambda: swap_experts((layer, expert), other)
+    target = Target(*trial.other)
+    fitted = fits.between(trial.one, [target])[target]
+    return None if fitted.adapter is None else lambda: fits.substituting(fitted)
