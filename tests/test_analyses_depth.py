@@ -47,6 +47,11 @@ def test_chance_is_rejected_no_more_than_it_may_be():
     assert np.mean(np.array(p) <= 0.1) <= 0.1 + 3 * np.sqrt(0.1 * 0.9 / 300)
 
 
+def test_rounding_is_no_trend():
+    row = trend_table(curve([1 - 1e-8 * layer for layer in range(8)])).iloc[0]
+    assert (row.tau, row.p_value) == (0, 1)
+
+
 def test_few_layers_have_no_p_value():
     table = trend_table(pd.concat([curve([1, 2, 3]), curve([1, 2, 3, 4, 5], measure="n")]))
     assert table.status.tolist() == ["few_layers", "ok"]

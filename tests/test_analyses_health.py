@@ -141,6 +141,33 @@ def test_an_undecided_router_does_not_tell_experts_apart(text, tmp_path):
     assert (result.tables["layers"].negative_margins == 0).all()
 
 
+def test_what_few_tokens_do_not_show_is_not_called_a_failure(tmp_path):
+    """Few tokens of many words; and documents that have one expert each, so that few are many."""
+    random = np.random.default_rng(3)
+    some = np.arange(len(OWNER)) % LENGTH < 4
+    tokens = random.integers(0, 200, len(OWNER))[some]
+    faint = random.normal(size=(len(tokens), EXPERTS))
+    taste = 4 * random.normal(size=(DOCUMENTS, EXPERTS))[OWNER[some]]
+    routing = {i: (chosen(np.exp(x), 2, random), x) for i, x in enumerate((faint, taste))}
+    result = health(write(tmp_path, routing, OWNER[some], tokens=tokens), **QUICK)
+    for layer, check in enumerate(("blind to the token", "blind to the domain")):
+        row = states(result, check, layer)
+        assert row.p_corrected > 0.05
+        assert row.verdict.startswith("cannot tell: not shown")
+        assert "may have been missed" in row.verdict
+
+
+def test_entropies_on_both_sides_of_rounding_cannot_tell(text, tmp_path):
+    tokens, _ = text
+    logits = np.zeros((len(tokens), EXPERTS))
+    logits[OWNER % 20 == 0, 0] = 1.5
+    logits += 1e-3 * np.random.default_rng(2).normal(size=logits.shape)
+    run = write(tmp_path, {0: (np.argsort(-logits, 1)[:, :2], logits)}, tokens=tokens)
+    row = states(health(run, **QUICK), "undecided router")
+    assert row.low < 1 - 1 / 256 <= row.high
+    assert row.verdict.startswith("cannot tell: ")
+
+
 @pytest.mark.parametrize("block", [5, LENGTH])
 def test_planted_runs_are_recovered(tmp_path, block):
     """An expert for `block` tokens, another one for the next."""

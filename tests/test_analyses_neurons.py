@@ -8,6 +8,7 @@ import deviants_zoo
 import families_zoo
 import models_zoo
 from moescope.analyses.neurons import reading as neurons_reading
+from moescope.analyses.neurons import selective as neurons_selective
 from moescope.analyses.neurons.ablation import nearest, without
 from moescope.analyses.neurons.analysis import neurons
 from moescope.analyses.neurons.reading import Units, activations, alone, with_parameters
@@ -17,6 +18,7 @@ from moescope.corpora.packing import Packing
 from moescope.errors import CaptureError, ModelError, OptionError
 from moescope.evaluate.paired import compare
 from moescope.interventions import ablate_neurons, replace_output
+from moescope.measures.activations import Activity
 from moescope.models.load import load
 from moescope.reports.registry import chapter
 from test_analyses_topk import make_experts_equal
@@ -28,7 +30,7 @@ EXPERT, NEURON = 2, 7
 SILENT = (0, 1)
 
 
-def two_domains(documents=36):
+def two_domains(documents=72):
     """Text of two domains that is the same but for another half of the vocabulary."""
     random = np.random.default_rng(0)
 
@@ -142,6 +144,25 @@ def test_without_it_the_loss_rises_in_its_domain_alone(plant):
     assert contrast.difference_low > 0.05
     whole = ablation(result, "own", kind="expert", choice="selective")
     assert whole.difference == pytest.approx(own.difference, rel=1e-4)
+
+
+def test_what_is_ablated_is_chosen_on_other_documents(plant):
+    for text in ("own", "others"):
+        row = ablation(plant[3], text, kind="neuron", choice="selective")
+        assert row.n_documents == 36  # of 72
+    units = Units(of=np.arange(80), domain_of=np.repeat([0, 1], 40))
+    chosen = units.chosen_on()
+    assert np.bincount(units.domain_of[chosen]).tolist() == [20, 20]
+    values = torch.rand(80, 2, generator=torch.Generator().manual_seed(0))
+    values[units.domain_of == 0, 0] += 10 * torch.from_numpy(chosen[:40])
+    values[units.domain_of == 0, 1] += 10 * torch.from_numpy(~chosen[:40])
+    activity = Activity(80, 2, 0.001)
+    activity.add(torch.arange(80), values, values)
+    tested = neurons_selective.Tested(units, chosen, neurons.options(**QUICK), 0)
+    tested.add(0, activity, np.ones(2))
+    found = tested.candidates(["here", "there"], np.ones((2, 1)))
+    clear = found[found.p_corrected <= 0.05]
+    assert clear.neuron.tolist() == [0]
 
 
 def test_controls_cost_nothing(plant):

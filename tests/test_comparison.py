@@ -1,11 +1,18 @@
 import dataclasses
+import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
+import captures_zoo
+import models_zoo
+from moescope.analyses.routing.analysis import routing
+from moescope.analyses.weights.analysis import weights
 from moescope.comparison import compare, findings, side_by_side
 from moescope.errors import OptionError
+from moescope.models.load import load
 from moescope.reports.registry import chapter
 from moescope.runs import Run
 from results_zoo import curve, routing_result
@@ -46,6 +53,44 @@ def test_findings_speak_of_differences_beyond_their_interval():
     far = side_by_side({"x": with_limits([1, 1], 0.1), "y": with_limits([2, 2], 0.1)}, KEY)
     assert findings(far)[0].numbers == {"measures": 1, "differ": 1}
     assert "x 1 (0.9 to 1.1); y 2 (1.9 to 2.1)" in findings(far)[1].text
+
+
+def test_many_differences_are_corrected_for_their_number():
+    measures = [f"m{number}" for number in range(20)]
+    key = {("a", measure, "decoder") for measure in measures}
+    first, other = (
+        pd.concat([with_limits([v, v], 0.1).assign(measure=m) for m in measures]) for v in (1, 1.15)
+    )
+    table = side_by_side({"x": first, "y": other}, key)
+    assert (table.difference_low[table.run == "y"] > 0).all()  # 0.15, 0.14 to either side
+    assert findings(table)[0].numbers == {"measures": 20, "differ": 0}
+
+
+def test_base_against_fine_tuned(tmp_path):
+    base = load(models_zoo.build("qwen2_moe", num_experts_per_tok=3))
+    tuned = load(models_zoo.build("qwen2_moe", num_experts_per_tok=3))
+    corpus = captures_zoo.corpus(documents=60)
+    network = tuned.model.train()
+    optimiser = torch.optim.SGD(network.parameters(), lr=0.5)
+    for batch in list(corpus.batches(None))[:3]:
+        network(input_ids=batch.input_ids, labels=batch.input_ids).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    tuned = load(network.eval())
+    for name, model in {"base": base, "tuned": tuned}.items():
+        captures_zoo.record(tmp_path / name, model, corpus, record=("routing",))
+        routing(tmp_path / name, permutations=19, bootstrap=100)
+        weights(tmp_path / name, model=model, permutations=19, matched=1, null_pairs=1)
+    shutil.copytree(tmp_path / "base", tmp_path / "same")
+    compared = compare([tmp_path / n for n in ("base", "same", "tuned")], tmp_path / "out")
+    result = compared.result("compare")
+    table = result.table.set_index("run")
+    assert set(table.analysis) == {"routing", "weights"}
+    assert (table.loc["same"].difference.dropna() == 0).all()
+    assert table.loc["tuned"].difference.abs().max() > 0
+    assert "same text" in result.findings[0].text
+    first, _, last = result.tables["runs"].model_fingerprint
+    assert first != last
 
 
 @pytest.fixture

@@ -67,11 +67,17 @@ def documents(random, number, neurons=1, domains=2):
     return means * tokens[:, None], tokens, np.arange(number) % domains
 
 
-def test_difference_by_hand():
-    sums, tokens = np.array([[6.0], [2.0], [1.0]]), np.array([2.0, 2.0, 1.0])
-    found = selectivity(sums, tokens, np.array([0.5]), np.array([[0, 1, 1], [1, 0, 1]]))
-    assert found.difference[0] == pytest.approx([(3 - 1) / 0.5, (1 - 3) / 0.5])
-    assert found.total == pytest.approx([4, (7 / 3 - 1) / 0.5])
+def test_difference_and_its_error_by_hand(monkeypatch):
+    monkeypatch.setattr("moescope.measures.activations.FEWEST_SELECTIVE", 2)
+    sums, tokens = np.array([[6.0], [1.0], [2.0], [8.0]]), np.array([2.0, 1.0, 2.0, 4.0])
+    labels = np.array([[0, 0, 1, 1], [0, 1, 0, 1]])
+    found = selectivity(sums, tokens, np.array([0.5]), labels)
+    # Means 7/3 and 10/6; residuals 4/3, -4/3 and -4/3, 4/3, each side's squares times 2/(2 - 1).
+    assert found.difference[0] == pytest.approx([2 / 3 / 0.5, -2 / 3 / 0.5])
+    error = np.sqrt(2 * 2 * (4 / 3) ** 2 * (1 / 3**2 + 1 / 6**2))
+    other = np.sqrt(2 * (2 * 2**2 / 4**2 + 2 * (4 / 5) ** 2 / 5**2))  # means 2, 9/5
+    studentised = np.array([2 / 3 / error, 1 / 5 / other])
+    assert found.total == pytest.approx(studentised * error / 0.5)
 
 
 def test_a_neuron_of_one_domain_has_the_least_p():
@@ -102,12 +108,43 @@ def test_p_corrected_is_uniform_over_all_neurons_and_domains():
     smallest = []
     for seed in range(1_000):
         random = np.random.default_rng(seed)
-        sums, tokens, domain_of = documents(random, 18, neurons=4, domains=3)
+        sums, tokens, domain_of = documents(random, 24, neurons=4, domains=3)
         sums[:, 1] = sums[:, 0]  # one neuron twice
         found = selectivity(sums, tokens, np.ones(4), shuffled_labels(domain_of, 19, seed))
         smallest.append(corrected(found.z, found.largest_z).min())
     counts = np.bincount(np.rint(np.array(smallest) * 20).astype(int), minlength=21)[1:]
     assert chisquare(counts).pvalue > 0.001
+
+
+@pytest.mark.parametrize("fewer", ["tokens", "documents"])
+def test_a_domain_of_which_less_is_seen_is_not_selective_for_that(fewer):
+    """Its means are noisier than those of as many shuffled documents of all domains."""
+    neuron, layer = [], []
+    for seed in range(300):
+        random = np.random.default_rng(seed)
+        domain_of = np.repeat(np.arange(4), 40)
+        tokens = random.integers(20, 80, 160)
+        if fewer == "tokens":
+            tokens[domain_of == 0] = random.integers(1, 5, 40)
+        spread = np.where((domain_of > 0) & (fewer == "documents"), 0.5, 1)  # means of four
+        means = 5 + random.normal(size=(160, 4)) * spread[:, None]
+        means += 3 * random.normal(size=(160, 4)) / np.sqrt(tokens)[:, None]
+        labels = shuffled_labels(domain_of, 99, seed)
+        found = selectivity(means * tokens[:, None], tokens.astype(float), np.ones(4), labels)
+        neuron.append(corrected(found.z, found.largest_z).min())
+        layer.append((found.evidence >= found.evidence[0] - 1e-9).mean())
+    for p in (neuron, layer):
+        assert (np.array(p) <= 0.05).mean() < 0.08  # 2.4 standard deviations above 0.05
+
+
+def test_a_domain_of_few_documents_is_not_tested():
+    sums, tokens, domain_of = documents(np.random.default_rng(0), 40)
+    sums[:, 0] = tokens * (domain_of == 1)
+    tokens[np.flatnonzero(domain_of)[7:]] = 0
+    sums[tokens == 0] = 0
+    found = selectivity(sums, tokens, np.ones(1), shuffled_labels(domain_of, 99, 0))
+    assert (found.p_value == 1).all()
+    assert found.difference[0].tolist() == pytest.approx([-1, 1])
 
 
 def test_chunks_of_neurons_change_nothing(monkeypatch):

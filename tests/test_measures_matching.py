@@ -132,3 +132,8 @@ def test_pairs_are_those_asked_for():
     assert found[1] == alike(joined(expert()), joined(expert(seed=1)))
     mixed = pairs_alike(experts, experts, [(0, 0)], scramble=0)
     assert mixed[0].matched < 0.5
+
+
+def test_one_neuron_has_no_order(recwarn):
+    assert np.isnan(permutation_tau(np.array([0])))
+    assert not recwarn.list

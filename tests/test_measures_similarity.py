@@ -95,3 +95,9 @@ def test_dimensions():
     assert dimensions(line) == pytest.approx(1)
     covariance = neuron_covariance(matrices(8, neurons=64, hidden=128, seed=3))
     assert dimensions(covariance) == pytest.approx(128 / (1 + 128 / 512), rel=0.02)
+
+
+@pytest.mark.parametrize("experts", [3, 7, 8])
+def test_equal_rows_have_nothing_left_that_could_be_alike(experts):
+    row = torch.randn(1, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert row_cosines(centred(row.expand(experts, -1))).isnan().all()

@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+from safetensors import SafetensorError
 
 from moescope.errors import MoEScopeError
 from moescope.runs import Finding, Result, Run, read_json, write_atomically, write_json, write_text
@@ -75,10 +76,18 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, error):
     assert path.read_text() == "old"
 
 
-def test_a_full_disk_is_one_clear_error(tmp_path):
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+    ],
+    ids=["file", "tensors"],
+)
+def test_a_full_disk_is_one_clear_error(tmp_path, error):
     def fail(temporary):
         temporary.write_text("half")
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
     with pytest.raises(MoEScopeError, match="disk is full.*again"):
         write_atomically(tmp_path / "a.txt", fail)

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -24,7 +25,7 @@ from transformers import (
 
 import models_zoo
 from moescope.cli import main
-from moescope.errors import ModelError, OptionError
+from moescope.errors import ModelError, MoEScopeError, OptionError
 from moescope.models.load import load
 from moescope.surgery.conversion import SplitOptions, UpcycleOptions, split, upcycle
 
@@ -224,6 +225,24 @@ def test_numbers_that_do_not_fit_are_refused():
             upcycle(model, options)
     with pytest.raises(OptionError, match="48 neurons"):
         split(model, SplitOptions(experts=7))
+    with pytest.raises(OptionError, match=r"neurons\. Got: 6\. Expected: a multiple of 4"):
+        split(model, SplitOptions(experts=8))
+    with pytest.raises(OptionError, match="a multiple of 8"):
+        split(dense().bfloat16(), SplitOptions(experts=4))
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch):
+    converted = upcycle(dense(), UpcycleOptions(experts=2))
+
+    def fill(folder):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"half of it")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(converted.model.model, "save_pretrained", fill)
+    with pytest.raises(MoEScopeError, match="the disk is full"):
+        converted.save(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_commands_convert_a_folder_or_leave_nothing(tmp_path, capsys):

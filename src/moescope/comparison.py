@@ -7,11 +7,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
+from numpy import ndarray as Array
+from scipy.special import ndtr
 
 from moescope.analyses.depth.analysis import layer_curves
 from moescope.captures.partial import MANIFEST
 from moescope.errors import OptionError
 from moescope.measures import intervals
+from moescope.measures.multiple_tests import holm
 from moescope.runs import Finding, Result, Run, library_versions, read_json
 
 RESULT = "compare"
@@ -20,6 +24,9 @@ MEAN = "mean"
 """In place of a layer's number: the mean over all layers of its stack."""
 MOST_SENTENCES = 12
 """Measures that findings speak of, those that differ most against their interval first."""
+SIGNIFICANT = 0.05
+"""Of p-values after Holm's correction over all measures and runs."""
+Z95 = 1.959964
 _BY = ["analysis", "measure", "stack"]
 
 
@@ -69,9 +76,9 @@ def side_by_side(curves: Mapping[str, pd.DataFrame], shared: set[tuple[str, ...]
     Returns:
         One row per run, measure and layer, and for the mean over layers one whose layer is
         `mean`. position, 0 at the first layer of the stack and 1 at the last; value, low, high;
-        difference from the first run, with difference_low, difference_high; NaN where the first
-        run has no such layer, and where either value has no interval. `measures.intervals` says
-        what the limits assume.
+        difference from the first run, with difference_low, difference_high, as if both runs erred
+        independently; NaN where the first run has no such layer, and where either value has no
+        interval. Results keep no values of single documents, or experts, that could be paired.
     """
     frames = []
     for name, table in curves.items():
@@ -157,14 +164,15 @@ def _same_ground(facts: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
 
 
 def findings(table: pd.DataFrame) -> list[Finding]:
-    """Means over layers by run, for measures whose change is beyond its interval."""
+    """Means over layers by run, for measures whose change is clear of chance."""
     means = table[table["layer"] == MEAN]
-    sure = means[(means["difference_low"] > 0) | (means["difference_high"] < 0)]
+    sure = means[_p_corrected(means) <= SIGNIFICANT]
     with_interval = means["difference_low"].notna()
     measures = means.loc[with_interval, _BY].drop_duplicates()
     text = (
         f"Of {len(measures)} measures with intervals {len(sure[_BY].drop_duplicates())} differ "
-        "from the first run in their mean over layers by more than the 95% interval, in some run; "
+        "from the first run in their mean over layers, in some run (95%, with Holm's correction "
+        f"for {int(with_interval.sum())} differences); "
         f"{len(means[_BY].drop_duplicates()) - len(measures)} have no interval. Models are one "
         "training each: intervals say nothing about another seed."
     )
@@ -173,6 +181,18 @@ def findings(table: pd.DataFrame) -> list[Finding]:
     ordered = strength.sort_values(ascending=False, kind="stable").index[:MOST_SENTENCES]
     counts = {"measures": len(measures), "differ": len(strength)}
     return [Finding(text=text, numbers=counts), *(_sentence(means, key) for key in ordered)]
+
+
+def _p_corrected(rows: pd.DataFrame) -> Float[Array, " rows"]:
+    """Holm's p of differences, from the side of each interval that faces zero; NaN without one.
+
+    As if errors were normal: half of a 95% interval is then 1.96 standard errors.
+    """
+    value, low, high = (rows[f"difference{side}"].to_numpy(float) for side in ("", "_low", "_high"))
+    reach = np.where(value > 0, value - low, high - value)
+    distance = np.divide(np.abs(value), reach, out=np.full_like(value, np.inf), where=reach != 0)
+    distance[(reach == 0) & (value == 0)] = 0
+    return holm(2 * ndtr(-Z95 * distance))
 
 
 def _sentence(means: pd.DataFrame, key: Sequence[str]) -> Finding:

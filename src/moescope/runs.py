@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from safetensors import SafetensorError
 
 from moescope.errors import MoEScopeError
 
@@ -41,18 +42,25 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not disk_is_full(error):
             raise
         raise MoEScopeError(
             f"the disk is full: {path} was not written",
-            got=error.strerror,
+            got=error,
             remedy="Free some space and run the same command again; finished parts are kept",
         ) from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def disk_is_full(error: OSError | SafetensorError) -> bool:
+    """Whether that is why nothing was written; of a file of tensors only the words say so."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,6 +1,6 @@
 """Sums over the tokens of each document, and the means and intervals that they give."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,14 +33,19 @@ class Totals:
 
     def __init__(self, domains: Sequence[str]) -> None:
         self._domains = domains
-        self._batches: list[pd.DataFrame] = []
+        # Plain numbers: small arrays kept between the large ones of forward passes would hold on
+        # to freed memory, gigabytes of it in a long sweep.
+        self._sums: dict[Hashable, dict[Hashable, float]] = {}
 
     def add(self, targets: Targets, values: Mapping[str, Float[Tensor, " counted"]]) -> None:
         """Add one batch: named values of each target."""
         columns = {name: column.double().cpu().numpy() for name, column in values.items()}
         frame = pd.DataFrame({"tokens": 1, **columns})
         documents = [targets.domains.numpy(), targets.documents.numpy()]
-        self._batches.append(frame.groupby(documents).sum())
+        for document, row in frame.groupby(documents).sum().to_dict("index").items():
+            sums = self._sums.setdefault(document, dict.fromkeys(row, 0))
+            for name, value in row.items():
+                sums[name] += value
 
     def by_domain(self) -> Iterator[tuple[str, pd.DataFrame]]:
         """Sums of each document: of all domains together, then of each domain.
@@ -50,7 +55,7 @@ class Totals:
         Raises:
             CorpusError: No prediction counted.
         """
-        documents = pd.concat(self._batches).groupby(level=[0, 1]).sum()
+        documents = pd.DataFrame.from_dict(self._sums, orient="index").sort_index()
         if documents.empty:
             raise CorpusError(
                 "the corpus has no prediction that counts: all are at padding, at the first "

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Int64
+from jaxtyping import Bool, Float, Int, Int64
 from numpy import ndarray as Array
 from torch import Tensor
 
@@ -17,6 +17,11 @@ FEWEST_TOKENS = 300
 """Tokens below which a neuron that was never active is not called dead. One that is active at 1%
 of all tokens is silent on so many independent ones with probability 0.05."""
 
+FEWEST_SELECTIVE = 8
+"""Units with tokens that a domain needs, and that others need, for its neurons to be tested: the
+standard error of a mean of fewer says too little."""
+
+_ROUNDING = 1e-14
 _LOWEST, _HIGHEST, _PER_DECADE = -6, 4, 100
 _CELLS_AT_ONCE = 2**22
 
@@ -103,13 +108,17 @@ class Selectivity(NamedTuple):
     """Mean absolute activation in the domain minus that elsewhere, in standard deviations over
     all tokens; 0 where a side has no tokens, or the neuron no spread."""
     z: Float[Array, "neurons domains"]
-    """The same above its mean over draws, in standard deviations over draws."""
+    """The same over its own standard error, above the mean of that over draws, in standard
+    deviations over draws; 0 where a side has fewer than `FEWEST_SELECTIVE` units."""
     p_value: Float[Array, "neurons domains"]
     """Share of the draws in which it is as large."""
     largest_z: Float[Array, " draws"]
     """The largest z of all neurons and domains in every draw: what corrects for their number."""
     total: Float[Array, " draws"]
-    """Sum over neurons of their largest difference of all domains."""
+    """Sum over neurons of their largest difference of all domains that are tested; of shuffles,
+    what it would be with the standard errors of the labels as observed."""
+    evidence: Float[Array, " draws"]
+    """Sum over neurons of their largest z: what a test of all of them together rests on."""
 
 
 def shuffled_labels(
@@ -130,7 +139,10 @@ def selectivity(
 ) -> Selectivity:
     """Test every neuron of an expert for every domain, by shuffling whole documents.
 
-    One-sided; no p is below one over the number of draws. For a correction over all neurons and
+    One-sided; no p is below one over the number of draws. What is compared is the difference over
+    its standard error, each draw with its own: documents of one domain may be shorter, or fewer of
+    their tokens come to the expert, so that the domain's mean is noisier than that of as many
+    shuffled documents (Janssen 1997; Chung and Romano 2013). For a correction over all neurons and
     domains (single-step maxT, Westfall and Young 1993) see `corrected`.
 
     Args:
@@ -139,23 +151,30 @@ def selectivity(
         spread: Standard deviation of the absolute activation of each neuron, over tokens.
         labels: Domain of every unit, as observed and shuffled.
     """
-    domains = int(labels.max()) + 1
     draws, neurons = len(labels), sums.shape[1]
-    inside = [(labels == domain).astype(float) for domain in range(domains)]
+    inside = [(labels == domain).astype(float) for domain in range(int(labels.max()) + 1)]
+    enough = np.array([_is_tested(side[0], tokens) for side in inside])
+    everything = np.ones((1, len(tokens)))
     parts = []
-    largest_z, total = np.full(draws, -np.inf), np.zeros(draws)
-    size = max(1, _CELLS_AT_ONCE // (draws * domains))
+    largest_z = np.full(draws, -np.inf)
+    total, evidence = np.zeros(draws), np.zeros(draws)
+    size = max(1, _CELLS_AT_ONCE // (draws * len(inside)))
     for start in range(0, neurons, size):
         some = slice(start, start + size)
-        every = np.stack(
-            [_differences(i, 1 - i, sums[:, some], tokens, spread[some]) for i in inside], axis=-1
-        )  # [draws, neurons, domains]
+        found = [_contrast(side, everything, sums[:, some], tokens) for side in inside]
+        scale = np.where(spread[some] > 0, spread[some], np.inf)[:, None]
+        difference = np.stack([c.difference[0] for c in found], axis=-1) / scale
+        every = np.stack([c.studentised for c in found], axis=-1)  # [draws, neurons, domains]
+        every[:, ~(enough & np.isfinite(scale))] = 0
+        errors = np.divide(difference, every[0], out=np.zeros_like(difference), where=every[0] != 0)
         units = _standardised(every)
-        parts.append((every[0], units[0], (units >= _but_for_rounding(units[0])).mean(0)))
+        p_values = (units >= _but_for_rounding(units[0])).mean(0)
+        parts.append((difference, units[0], p_values))
         largest_z = np.maximum(largest_z, units.max((1, 2)))
-        total += every.max(2).sum(1)
+        total += (every * errors).max(2).sum(1)
+        evidence += units.max(2).sum(1)
     difference, z, p_value = (np.concatenate(columns) for columns in zip(*parts, strict=True))
-    return Selectivity(difference, z, p_value, largest_z, total)
+    return Selectivity(difference, z, p_value, largest_z, total, evidence)
 
 
 def corrected(
@@ -175,37 +194,68 @@ def largest_differences(
     kept: Float[Array, "estimates units"],
 ) -> Float[Array, " estimates"]:
     """Sum over neurons of their largest difference, with the units of each row of `kept` alone."""
+    scale = np.where(spread > 0, spread, np.inf)
     found = [
-        _differences(kept * inside, kept * ~inside, sums, tokens, spread)
+        _contrast(kept * inside, kept, sums, tokens).difference / scale
         for inside in (domain_of == domain for domain in range(int(domain_of.max()) + 1))
+        if _is_tested(inside, tokens)
     ]
-    return np.asarray(np.max(found, axis=0).sum(1))
+    return np.asarray(np.max(found, axis=0).sum(1)) if found else np.zeros(len(kept))
 
 
 def _but_for_rounding(values: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return np.asarray(values - 1e-9 * np.abs(values) - 1e-12)
 
 
-def _differences(
+class Contrast(NamedTuple):
+    """Mean per token of some units minus that of the others."""
+
+    difference: Float[Array, "draws neurons"]
+    """0 where a side has no tokens."""
+    studentised: Float[Array, "draws neurons"]
+    """The difference over its standard error; 0 where a side has fewer than two units."""
+
+
+@np.errstate(divide="ignore", invalid="ignore")  # a side without tokens
+def _contrast(
     inside: Float[Array, "draws units"],
-    outside: Float[Array, "draws units"],
+    everything: Float[Array, "#draws units"],
     sums: Float[Array, "units neurons"],
     tokens: Float[Array, " units"],
-    spread: Float[Array, " neurons"],
-) -> Float[Array, "draws neurons"]:
-    sides = []
-    for side in (inside, outside):
-        number = (side @ tokens)[:, None]
-        means = side @ sums
-        sides.append(np.divide(means, number, out=np.full(means.shape, np.nan), where=number > 0))
-    scale = np.where(spread > 0, spread, np.inf)
-    return np.asarray(np.nan_to_num((sides[0] - sides[1]) / scale))
+) -> Contrast:
+    """The units of each row of `inside` against the others of `everything`.
+
+    Standard errors are those of a ratio of sums over units, linearised.
+    """
+    facts = np.stack([tokens, tokens**2, tokens > 0], axis=1)
+    values = np.stack([sums, sums * tokens[:, None], sums**2])
+    own = (inside @ facts).T[..., None], inside @ values
+    rest = (everything @ facts).T[..., None] - own[0], everything @ values - own[1]
+    means, variances = [], []
+    for (number, squared, units), (total, crossed, squares) in (own, rest):
+        mean = total / number
+        residuals = squares - 2 * mean * crossed + mean**2 * squared
+        rounding = _ROUNDING * squares  # of the subtraction
+        means.append(mean)
+        variances.append(np.maximum(residuals, rounding) / number**2 * units / (units - 1))
+    difference = np.nan_to_num(means[0] - means[1])
+    studentised = difference / np.sqrt(variances[0] + variances[1])
+    return Contrast(difference, np.where(np.isfinite(studentised), studentised, 0))
+
+
+def _is_tested(
+    inside: Bool[Array, " units"] | Float[Array, " units"], tokens: Float[Array, " units"]
+) -> bool:
+    """Whether both sides have units enough."""
+    present = tokens > 0
+    own = int((present & (inside > 0)).sum())
+    return min(own, int(present.sum()) - own) >= FEWEST_SELECTIVE
 
 
 def _standardised(every: Float[Array, "draws *hypotheses"]) -> Float[Array, "draws *hypotheses"]:
     """In standard deviations over draws; 0 where no draw changes anything but by rounding."""
     spread = every.std(0)
-    flat = spread <= 1e-9 * np.abs(every).max(0)
+    flat = spread <= 1e-6
     return np.asarray(np.where(flat, 0.0, (every - every.mean(0)) / np.where(flat, 1, spread)))
 
 

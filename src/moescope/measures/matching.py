@@ -105,7 +105,7 @@ def matching(products: Float[Tensor, "neurons others"]) -> Int64[np.ndarray, " n
 
 def permutation_tau(order: Int64[np.ndarray, " neurons"]) -> float:
     """Kendall's tau between a permutation and none; NaN for one neuron."""
-    return float(kendalltau(np.arange(len(order)), order).statistic)
+    return float(kendalltau(np.arange(len(order)), order).statistic) if len(order) > 1 else np.nan
 
 
 def gaussian_pairs(

@@ -1,8 +1,8 @@
 """How alike experts are as matrices: all pairs at once, from inner products.
 
 An expert's matrix is [neurons, hidden]: rows of gate and up, columns of down. Experts come as a
-list of views of their layer, which is never copied whole: small parts of all of them are stacked in
-fp32, multiplied while they are in cache, and what these give is added up in fp64.
+list of views of their layer, which is never copied whole: small parts of all of them are put side
+by side in fp32, multiplied, and what these give is added up in fp64.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,8 +14,8 @@ from torch import Tensor
 Matrices = Sequence[Float[Tensor, "_ hidden"]]
 """Experts of one layer, alike in their neurons, which are rows."""
 
-_VALUES_AT_ONCE = 8192
-"""Of each expert."""
+_VALUES_AT_ONCE = 1 << 19
+"""Of all experts together: 2 MiB, as larger pieces that come and go leave memory in pieces."""
 
 
 def inner_products(one: Matrices, other: Matrices) -> Float64[Tensor, "experts others"]:
@@ -58,8 +58,10 @@ def row_cosines(rows: Float64[Tensor, "experts hidden"]) -> Float64[Tensor, "exp
 
 
 def centred(rows: Float64[Tensor, "experts hidden"]) -> Float64[Tensor, "experts hidden"]:
-    """Rows without what they have in common: their mean."""
-    return rows - rows.mean(0)
+    """Rows without what they have in common: their mean; zero where only rounding is left."""
+    left = rows - rows.mean(0)
+    rounding = 1e-12 * rows.norm(dim=1, keepdim=True)
+    return torch.where(left.norm(dim=1, keepdim=True) > rounding, left, 0)
 
 
 def neuron_means(experts: Matrices) -> Float64[Tensor, "experts hidden"]:
@@ -108,9 +110,17 @@ def _is_turned(matrix: Tensor) -> bool:
 
 
 def _parts(experts: Matrices, turned: bool) -> Iterator[Float[Tensor, "experts values"]]:
-    """The same part of every expert, in the order in which it lies in memory."""
+    """The same part of every expert, in the order in which it lies in memory.
+
+    Each part takes the place of the one before it: allocating and gathering anew for every part
+    takes as long as all products.
+    """
     views = [matrix.mT for matrix in experts] if turned else experts
     rows, length = views[0].shape
-    size = max(1, _VALUES_AT_ONCE // length)
+    size = min(rows, max(1, _VALUES_AT_ONCE // (length * len(views))))
+    room = torch.empty(len(views), size, length, device=views[0].device)
     for start in range(0, rows, size):
-        yield torch.stack([view[start : start + size] for view in views]).float().flatten(1)
+        part = room[:, : min(size, rows - start)]
+        for place, view in zip(part, views, strict=True):
+            place.copy_(view[start : start + size])
+        yield part.flatten(1)

@@ -39,7 +39,8 @@ def moe_layers(model: PreTrainedModel) -> list[MoELayer]:
             f"{type(model).__name__} is a dense model: it has no mixture-of-experts layer",
             got=f"model type {model.config.model_type}",
             expected="a mixture-of-experts model",
-            remedy="`dense_as_experts` sees every feed-forward layer as one expert",
+            remedy="`dense_as_experts=True` (in a command `--dense-as-experts`, where it has that) "
+            "sees every feed-forward layer as one expert",
         )
     return layers
 
@@ -55,7 +56,7 @@ def dense_layers(model: PreTrainedModel) -> list[MoELayer]:
         raise ModelError(
             f"{name} is no dense model",
             got=f"model type {model.config.model_type}",
-            remedy="Load it without `dense_as_experts`",
+            remedy="Leave out `dense_as_experts` (in a command `--dense-as-experts`)",
         )
     paths = [path for path, module in model.named_modules() if is_feed_forward(module)]
     layers = [_layer(model, path, DenseLayer, name="dense") for path in paths]

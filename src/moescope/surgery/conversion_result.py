@@ -1,15 +1,16 @@
 """A converted model with what is known of it, and the folder that it is written to."""
 
-import errno
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from safetensors import SafetensorError
+
 from moescope.errors import MoEScopeError, OptionError
 from moescope.models.view import MoEModel
-from moescope.runs import write_json
+from moescope.runs import disk_is_full, write_json
 
 PROBES = 64  # random tokens on which logits are compared
 _PROVENANCE = "conversion.json"
@@ -62,8 +63,8 @@ class Conversion:
                     self.model.tokenizer.save_pretrained(folder)
                 write_json(folder / _PROVENANCE, self.as_dict())
                 folder.replace(out)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        except (OSError, SafetensorError) as error:
+            if not disk_is_full(error):
                 raise
             raise MoEScopeError(
                 f"the disk is full: {out} was not written", remedy="Free some space and try again"

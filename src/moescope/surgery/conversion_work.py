@@ -8,13 +8,14 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from moescope.errors import ModelError
+from moescope.errors import ModelError, OptionError
 from moescope.models.load import load
 from moescope.models.view import MoEModel
 from moescope.surgery.conversion_result import PROBES, Conversion
 from moescope.surgery.conversion_targets import Target, config_of
 from moescope.surgery.conversion_weights import Deal, converted_tensors
 
+_ROW_BYTES = 16  # rows of matrices that transformers multiplies expert by expert take multiples
 _TOLERANCE = 1e-4
 _TOLERANCE_HALF = 5e-2  # rounding grows from layer to layer
 
@@ -40,11 +41,19 @@ def convert(
 
     Raises:
         ModelError: The class cannot hold the model, or does not compute the same.
+        OptionError: Experts would have a number of neurons that the class cannot compute with.
     """
     experts, neurons = deal.neurons.shape
     config = config_of(target, dense.model.config, experts=experts, top_k=top_k, neurons=neurons)
     tensors = converted_tensors(dense.model, deal, shared_expert=target.shared_expert)
     converted = _built(target, config, tensors)
+    multiple = _ROW_BYTES // dense.model.dtype.itemsize
+    if neurons % multiple:
+        raise OptionError(
+            f"experts in {dense.model.dtype} cannot have this number of neurons",
+            got=neurons,
+            expected=f"a multiple of {multiple}",
+        )
     converted.generation_config = copy.deepcopy(dense.model.generation_config)
     model = load(converted, tokenizer=dense.tokenizer)
     difference = _difference(dense.model, converted)

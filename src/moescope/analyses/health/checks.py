@@ -3,7 +3,8 @@
 A verdict is "no sign", "sign: ..." with what was seen, or "cannot tell: ..." with what is missing.
 Chance brings a sign to a model without the failure in one of twenty runs at most, for all layers
 of a check together. Where the failure itself is chance (a router blind to the token or to the
-domain), it is one of twenty layers *with* the failure at most that is passed over.
+domain), it is one of twenty layers *with* the failure at most that is passed over, and finding
+nothing is a sign only where little could have been missed.
 """
 
 from collections.abc import Callable

@@ -21,6 +21,9 @@ from moescope.measures.routing import busiest_share, entropy_bits
 
 ROUNDING = 2**-8
 """What bf16 rounds a number by: an entropy as near as that to its maximum is not told from it."""
+NEXT_TO_NOTHING = 0.02
+"""Part of the most that there can be: a router is called blind where no more than that could have
+been missed, for a test that finds nothing may have seen too little."""
 
 
 def unbalanced(layer: Layer) -> Seen:
@@ -55,8 +58,8 @@ def unbalanced(layer: Layer) -> Seen:
         p_value=float(p_values.min()),
         failed=bool(said),
         obstacle=too_few_shuffles(layer, layer.layers),
-        evidence=f"in every domain {' and '.join(said)} K/E; as uneven as {estimates[0]:.1f} of "
-        f"{counts.num_experts} experts used alike",
+        evidence=f"in each of {len(layer.well_known)} domains {' and '.join(said)} K/E; as uneven "
+        f"as {estimates[0]:.1f} of {counts.num_experts} experts used alike",
     )
 
 
@@ -93,15 +96,34 @@ def blind_to_token(layer: Layer) -> Seen:
     p_value = float((1 + (shifted >= found - 1e-9).sum()) / (1 + len(shifted)))
     counts = layer.counts
     busiest = busiest_share(counts.by_expert(), counts.top_k)
+    mean = float(shifted.mean())
+    missed = max(0.0, float(found) - mean) + mean - float(np.quantile(shifted, 0.05))
     return Seen(
         measure="what a token says about its expert (bits)",
         value=float(found),
-        reference=float(shifted.mean()),
+        reference=mean,
         reference_p95=float(np.quantile(shifted, 0.95)),
         p_value=p_value,
         failed=p_value > LEVEL,
+        obstacle=_not_shown(p_value, missed, np.log2(counts.num_experts / counts.top_k)),
         evidence="which token it is says no more about its experts than about those of another "
         f"token of the passage; the {counts.top_k} busiest take {busiest:.1%} of the routing",
+    )
+
+
+def _not_shown(p_value: float, missed: float, most: float) -> str:
+    """An obstacle where chance explains what was seen, but would explain what matters as well.
+
+    Args:
+        p_value: That of no effect.
+        missed: Upper 95% limit of the effect, in bits.
+        most: Bits that it can have.
+    """
+    if p_value <= LEVEL or missed <= NEXT_TO_NOTHING * most:
+        return ""
+    return (
+        f"not shown (p = {p_value:.2g}), but up to {missed:.2g} of {most:.2g} bits may have been "
+        "missed: more text would tell"
     )
 
 
@@ -114,13 +136,18 @@ def undecided(layer: Layer) -> Seen:
         entropy[:, None] / most, tokens, resamples=options.bootstrap, seed=options.seed
     )
     value = entropy.sum() / most / tokens.sum()
+    lower, upper = float(low[0]), float(high[0])
     return Seen(
         measure="entropy of the router for one token, part of its maximum",
         value=float(value),
         reference=1.0,
-        low=float(low[0]),
-        high=float(high[0]),
-        failed=bool(high[0] >= 1 - ROUNDING),
+        low=lower,
+        high=upper,
+        failed=lower >= 1 - ROUNDING,
+        obstacle="the interval holds both more and less than rounding from the maximum: more text "
+        "would tell"
+        if lower < 1 - ROUNDING <= upper
+        else "",
         evidence=f"the entropy of the router, {value:.2%} of its maximum, is within rounding of "
         "it: all experts are alike to the router",
     )
@@ -140,6 +167,9 @@ def blind_to_domain(layer: Layer) -> Seen:
     pairs = pairs[pairs["domain_a"].isin(names) & pairs["domain_b"].isin(names)]
     top = pairs.sort_values(["p_value", "excess"], ascending=[True, False]).iloc[0]
     p_value = min(1.0, float(top["p_value"]) * len(pairs))
+    # As far as chance may lift a divergence it may lower it too.
+    missed = float((pairs["excess"].clip(0) + pairs["null_p95"] - pairs["null_mean"]).max())
+    few = too_few_shuffles(layer, len(pairs))
     return Seen(
         measure=measure,
         value=float(top["js_bits"]),
@@ -147,6 +177,6 @@ def blind_to_domain(layer: Layer) -> Seen:
         reference_p95=float(top["null_p95"]),
         p_value=p_value,
         failed=p_value > LEVEL,
-        obstacle=too_few_shuffles(layer, len(pairs)),
+        obstacle=few or _not_shown(p_value, missed, layer.largest_divergence),
         evidence=f"no two of {len(names)} domains are routed apart more than shuffled documents",
     )

@@ -39,6 +39,11 @@ class Layer:
         return self.counts.top_k < self.counts.num_experts
 
     @property
+    def largest_divergence(self) -> float:
+        """Bits between two texts whose experts are as far apart as can be."""
+        return min(1.0, self.counts.num_experts / self.counts.top_k - 1)
+
+    @property
     def documents(self) -> int:
         """Documents with tokens, of those that are kept apart."""
         return int((self.along.column("tokens") > 0).sum())

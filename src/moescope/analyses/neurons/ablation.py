@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from numpy import ndarray as Array
 
 from moescope.analyses.neurons.options import NeuronsOptions
@@ -55,13 +55,13 @@ def planned(
     """Every ablation with its controls, for each domain that has clearly selective neurons.
 
     Args:
-        candidates: Selective neurons of all layers.
+        candidates: Selective neurons of all layers of the decoder.
         norms: Mean norm of what each neuron adds, by expert.
         reach: By domain and expert the share of the tokens that are routed there.
         options: Size of the groups, and seed.
     """
     random = np.random.default_rng(options.seed)
-    clear = candidates[(candidates["p_corrected"] <= CLEAR) & (candidates["stack"] == "decoder")]
+    clear = candidates[candidates["p_corrected"] <= CLEAR]
     plan: dict[Ablation, Parts] = {}
     for domain in map(str, clear["domain"].unique()):
         own = clear[clear["domain"] == domain]
@@ -155,14 +155,25 @@ def sweep(
 
 
 def ablation_table(
-    totals: Mapping[Ablation, Totals], plan: Mapping[Ablation, Parts], resampling: Resampling
+    totals: Mapping[Ablation, Totals],
+    plan: Mapping[Ablation, Parts],
+    read: Bool[Array, " documents"],
+    resampling: Resampling,
 ) -> pd.DataFrame:
     """One row per ablation and text: the domain it was chosen for, the others, the contrast.
 
     Of the neurons of a domain, `excess` is the rise above that of a control, on the same tokens;
     it stands in the row of the control.
+
+    Args:
+        totals: Sums of all documents.
+        plan: What was ablated.
+        read: Which documents count: those that nothing was chosen on.
+        resampling: Of the intervals.
     """
-    documents = {ablation: _texts(total, ablation.domain) for ablation, total in totals.items()}
+    documents = {
+        ablation: _texts(total, ablation.domain, read) for ablation, total in totals.items()
+    }
     rows = []
     for ablation, texts in documents.items():
         selective = documents[ablation._replace(choice="selective")]
@@ -186,7 +197,9 @@ def ablation_table(
     return pd.DataFrame(rows)
 
 
-def _texts(total: Totals, domain: str) -> dict[str, pd.DataFrame]:
-    by_domain = dict(total.by_domain())
+def _texts(total: Totals, domain: str, read: Bool[Array, " documents"]) -> dict[str, pd.DataFrame]:
+    by_domain = {
+        name: frame[read[frame.index.get_level_values(1)]] for name, frame in total.by_domain()
+    }
     others = [f for name, f in by_domain.items() if name not in (RESERVED_DOMAIN, domain)]
     return {"own": by_domain[domain], "others": pd.concat(others)}

@@ -1,6 +1,7 @@
 """What single neurons of experts do, and what is lost without them (A Closer Look into MoE)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -56,25 +57,27 @@ def operations(model: MoEModel, options: NeuronsOptions) -> float:
 def neurons(material: Material, options: NeuronsOptions) -> Result:
     """Active and dead neurons, selectivity for domains, numbering, and ablations."""
     model, every = material.model, list[LayerFound]()
+    ablates = options.tokens > 0 and not model.model.config.is_encoder_decoder
+    if ablates:
+        material.text(options.tokens)  # refused before the long part, not after it
     with evaluating(model):
         for stack, index in track(material.capture.places, "neurons: layers"):
             capture = Capture(material.run, stack=stack)
             units = Units.of_capture(capture)
             every.append(measure_layer(capture, model.layer(index, stack), units, options))
-    candidates = pd.concat([found.candidates for found in every], ignore_index=True)
     places = [row for found in every for row in found.places]
     tables = {
-        "neurons": _layers(every),
+        "neurons": _corrected([found.layer for found in every]),
         "experts": pd.DataFrame([row for found in every for row in found.experts]),
         "agreement": pd.DataFrame([row for found in every for row in found.agreement]),
         "selective": _listed(every, options.show),
         "tokens": with_text(material.capture, places, reader_of(material)),
     }
     said = []
-    if model.model.config.is_encoder_decoder:
+    if ablates:
+        tables["ablation"] = _ablations(material, every, options)
+    elif options.tokens:
         said.append(Finding(text="No ablations: an encoder-decoder does not go on with a text."))
-    elif options.tokens and len(candidates):
-        tables["ablation"] = _ablations(material, every, candidates, options)
     tables = {name: frame for name, frame in tables.items() if name in _ALWAYS or len(frame)}
     return Result(
         name="neurons",
@@ -84,9 +87,9 @@ def neurons(material: Material, options: NeuronsOptions) -> Result:
     )
 
 
-def _layers(every: Sequence[LayerFound]) -> pd.DataFrame:
+def _corrected(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """One row per layer, with p-values corrected for their number."""
-    table = pd.DataFrame([found.layer for found in every])
+    table = pd.DataFrame(rows)
     if "p_value" in table:
         table["p_corrected"] = holm(table["p_value"].to_numpy(float))
     return table
@@ -105,10 +108,13 @@ def _listed(every: Sequence[LayerFound], number: int) -> pd.DataFrame:
 def _ablations(
     material: Material,
     every: Sequence[LayerFound],
-    candidates: pd.DataFrame,
     options: NeuronsOptions,
 ) -> pd.DataFrame:
+    """What is lost, on other documents than those that neurons were chosen on."""
     decoder = [found for found in every if found.layer["stack"] == "decoder"]
+    chosen = pd.concat([found.chosen for found in decoder], ignore_index=True)
+    if chosen.empty:
+        return chosen
     norms = {
         (found.layer["layer"], expert): values
         for found in decoder
@@ -119,8 +125,12 @@ def _ablations(
         domain: {(layer, e): float(shares[layer][number, e]) for layer, e in norms}
         for number, domain in enumerate(material.capture.domains)
     }
-    plan = planned(candidates, norms, reach, options)
+    plan = planned(chosen, norms, reach, options)
     if not plan:
         return pd.DataFrame()
     totals = sweep(material.model, material.text(options.tokens), plan)
-    return ablation_table(totals, plan, Resampling(resamples=options.bootstrap, seed=options.seed))
+    units = Units.of_capture(material.capture)
+    read = ~units.chosen_on()[units.of]
+    return ablation_table(
+        totals, plan, read, Resampling(resamples=options.bootstrap, seed=options.seed)
+    )

@@ -2,11 +2,14 @@
 
 from collections.abc import Mapping
 
+import numpy as np
 import pandas as pd
+from scipy.special import ndtr, ndtri
 
 from moescope.analyses.neurons.options import NeuronsOptions
 from moescope.analyses.neurons.selective import CLEAR
 from moescope.measures.activations import FEWEST_TOKENS
+from moescope.measures.multiple_tests import holm
 from moescope.runs import Finding
 
 _KINDS = {
@@ -88,7 +91,7 @@ def _agreement(agreement: pd.DataFrame) -> Finding:
         f"of different numbers {_span(gate, 'other')}. Activations at the same tokens correlate by "
         f"{_span(activation, 'same')} and {_span(activation, 'other')}, more than in 95% of random "
         f"numberings in {int((activation['same'] > activation['null_p95']).sum())} of "
-        f"{len(activation)} layers."
+        f"{len(activation)} layers, where chance alone gives {0.05 * len(activation):.1f}."
     )
     numbers = {"gate_same": gate["same"].median(), "activation_same": activation["same"].median()}
     return Finding(text=text, numbers=numbers)
@@ -103,8 +106,8 @@ def _ablation(table: pd.DataFrame, kind: str) -> Finding:
         return Finding(text=f"Without {_KINDS[kind]}: the text holds none of the domains.")
     worst = own.sort_values("difference").iloc[-1]
     parts = [
-        f"Without {_KINDS[kind]} of a domain the loss on its own text rises most for "
-        f"{worst['domain']}: {_change(worst, 'difference')} "
+        f"Without {_KINDS[kind]} of a domain, chosen on half of the documents, the loss on its own "
+        f"text in the other half rises most for {worst['domain']}: {_change(worst, 'difference')} "
         f"({worst['n_tokens']:,} predictions, {worst['n_documents']} documents)."
     ]
     if contrasts["difference_low"].notna().any():
@@ -124,9 +127,14 @@ def _change(row: pd.Series, name: str) -> str:
 
 
 def _clear(rows: pd.DataFrame, name: str) -> str:
-    """In how many domains the interval lies above zero."""
+    """In how many domains it lies above zero, clear of chance in all of them together."""
     known = rows[rows[f"{name}_low"].notna()]
-    return f"clearly in {int((known[f'{name}_low'] > 0).sum())} of {len(known)} domains"
+    values = known[name].to_numpy(float)
+    reach = known[f"{name}_high"].to_numpy(float) - values
+    distance = np.divide(np.abs(values), reach, out=np.full_like(values, np.inf), where=reach > 0)
+    p_corrected = holm(2 * ndtr(ndtri(0.025) * distance))
+    clear = int(((values > 0) & (p_corrected <= CLEAR)).sum())
+    return f"clearly in {clear} of {len(known)} domains"
 
 
 def _range(values: pd.Series) -> str:

@@ -41,6 +41,8 @@ class LayerFound:
     """Rows of its experts."""
     candidates: pd.DataFrame
     """Its most selective neurons for each domain."""
+    chosen: pd.DataFrame
+    """The same by half of the documents: those to be ablated while the other half is read."""
     agreement: list[dict[str, Any]]
     """Rows about neurons of the same number."""
     places: list[dict[str, Any]]
@@ -63,7 +65,9 @@ def measure_layer(
     documents_of = capture.documents.numpy()
     of_token = torch.from_numpy(units.of)[capture.documents]
     place = {"stack": layer.stack, "layer": layer.index}
-    tested = Tested(units, options, Place.of(layer).number) if units.known().sum() > 1 else None
+    parts = [np.ones(len(units.domain_of), dtype=bool), units.chosen_on()]
+    parts = parts[: (2 if options.tokens else 1) if units.known().sum() > 1 else 0]
+    tests = [Tested(units, some, options, Place.of(layer).number) for some in parts]
     every, rows = _Sums(), []
     norms: dict[int, Array] = {}
     passing = activities(layer, samples, of_token, len(units.domain_of), options.threshold)
@@ -72,21 +76,27 @@ def measure_layer(
         row = _activity_columns(_Sums(activity), options) | {"n_documents": documents}
         rows.append({**place, "expert": expert, **row})
         every.add(activity)
-        if tested is not None and activity.tokens.sum() > 0:
-            tested.add(expert, activity, norms[expert])
+        if activity.tokens.sum() > 0:
+            for tested in tests:
+                tested.add(expert, activity, norms[expert])
     all_tokens = torch.cat([recorded.tokens for recorded in samples.values()])
     found = {**place, "num_experts": len(samples), **_activity_columns(every, options)}
     found["n_documents"] = len(np.unique(documents_of[all_tokens]))
-    candidates, places = pd.DataFrame(), list[dict[str, Any]]()
     seen_by = reach(capture, layer.index)
-    if tested is not None and tested.experts:
-        found |= tested.layer_columns()
-        candidates = tested.candidates(capture.domains, seen_by).assign(**place)
-        places = _place_rows(layer, shown(candidates, options.show), samples, capture.documents)
+    stand_out = [
+        tested.candidates(capture.domains, seen_by).assign(**place)
+        for tested in tests
+        if tested.experts
+    ]
+    places = list[dict[str, Any]]()
+    if stand_out:
+        found |= tests[0].layer_columns()
+        places = _place_rows(layer, shown(stand_out[0], options.show), samples, capture.documents)
     return LayerFound(
         layer=found,
         experts=rows,
-        candidates=candidates,
+        candidates=stand_out[0] if stand_out else pd.DataFrame(),
+        chosen=stand_out[1] if len(stand_out) > 1 else pd.DataFrame(),
         agreement=agreement_rows(layer, samples, options.seed),
         places=places,
         norms=norms,

@@ -17,9 +17,10 @@ class NeuronsOptions:
     """Most selective neurons of each layer that are shown one by one, with their tokens."""
     group: int = 16
     """Neurons that are ablated together: the most selective of a domain."""
-    tokens: int = 50_000
+    tokens: int = 100_000
     """Most tokens of text for the ablations, from the beginning of the corpus, which is balanced
-    by domain; 0 leaves them out."""
+    by domain; half of its documents count, the others are those that neurons are chosen on. 0
+    leaves the ablations out."""
     bootstrap: int = 1_000
     """Resamples of documents behind each 95% interval."""
     seed: int = 0

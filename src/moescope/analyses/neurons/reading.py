@@ -50,6 +50,11 @@ class Units:
             domain_of += [domain] * min(len(own), _MOST_UNITS)
         return cls(of=of, domain_of=np.array(domain_of, dtype=np.int64))
 
+    def chosen_on(self) -> Bool[Array, " units"]:
+        """Every other unit of each domain: what is ablated is chosen on these alone."""
+        first = np.searchsorted(self.domain_of, self.domain_of)
+        return np.asarray((np.arange(len(self.domain_of)) - first) % 2 == 0)
+
     def left_out(self) -> Float[Array, "estimates units"]:
         """All units, and then all but one of the groups of the jackknife."""
         groups = np.arange(len(self.domain_of)) % GROUPS

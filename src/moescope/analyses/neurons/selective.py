@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from numpy import ndarray as Array
 
 from moescope.analyses.neurons.options import NeuronsOptions
@@ -34,14 +34,25 @@ def shown(candidates: pd.DataFrame, number: int) -> pd.DataFrame:
 
 
 class Tested:
-    """The neurons of a layer against shuffled documents, expert by expert."""
+    """The neurons of a layer against shuffled documents, expert by expert.
 
-    def __init__(self, units: Units, options: NeuronsOptions, number: int) -> None:
+    Args:
+        units: Documents.
+        some: Which of them count.
+        options: Options of the analysis.
+        number: Of the layer, for the seed.
+    """
+
+    def __init__(
+        self, units: Units, some: Bool[Array, " units"], options: NeuronsOptions, number: int
+    ) -> None:
         seed = [options.seed, abs(number), int(number < 0)]
-        self._labels = shuffled_labels(units.domain_of, options.permutations, seed)
-        self._left_out = units.left_out()
+        self._some = some
+        self._labels = shuffled_labels(units.domain_of[some], options.permutations, seed)
+        self._left_out = units.left_out()[:, some]
         self._options = options
         self._total = np.zeros(len(self._labels))
+        self._evidence = np.zeros(len(self._labels))
         self._largest_z = np.full(len(self._labels), -np.inf)
         self._without = np.zeros(len(self._left_out))
         self._columns: dict[str, list[Array]] = {}
@@ -49,9 +60,10 @@ class Tested:
 
     def add(self, expert: int, activity: Activity, norms: Float[Array, " neurons"]) -> None:
         """Test the neurons of one expert."""
-        sums, tokens = activity.sums.cpu().numpy(), activity.tokens.cpu().numpy()
+        sums, tokens = (t.cpu().numpy()[self._some] for t in (activity.sums, activity.tokens))
         found = selectivity(sums, tokens, activity.spread, self._labels)
         self._total += found.total
+        self._evidence += found.evidence
         self._largest_z = np.maximum(self._largest_z, found.largest_z)
         self._without += largest_differences(
             sums, tokens, activity.spread, self._labels[0], self._left_out
@@ -63,7 +75,7 @@ class Tested:
             ("z", found.z),
             ("p_value", found.p_value),
             ("mean", means),
-            ("firing", activity.firing.cpu().numpy() / tokens.sum()),
+            ("firing", activity.firing.cpu().numpy() / float(activity.tokens.sum())),
             ("norm", norms),
         ):
             self._columns.setdefault(name, []).append(values)
@@ -89,7 +101,7 @@ class Tested:
             "selectivity_high": float(high),
             "null_mean": null.mean(),
             "null_p95": np.quantile(null, 0.95),
-            "p_value": (self._total >= self._total[0] * (1 - 1e-9)).mean(),
+            "p_value": (self._evidence >= self._evidence[0] - 1e-9 * abs(self._evidence[0])).mean(),
             "selective": int((best <= CLEAR).sum()),
             "selective_share": float((best <= CLEAR).mean()),
             "permutations": self._options.permutations,

@@ -42,7 +42,7 @@ def _likeness(table: pd.DataFrame) -> Finding:
         f"As matrices, experts of one layer have a mean cosine of {_value(first)} in "
         f"{_place(first)} and {_value(last)} in {_place(last)}, and {_range(cosine)} over "
         f"{len(cosine)} layers ({int(cosine['n_pairs'].sum())} pairs); single pairs reach "
-        f"{cosine['most'].max():.3f}. Means of their neurons are more alike: {_range(average)}."
+        f"{cosine['most'].max():.3f}. The means of their neurons have {_range(average)}."
     )
     numbers = {"first": first["mean"], "last": last["mean"], "most": cosine["most"].max()}
     return Finding(text=text, numbers=numbers)
@@ -56,9 +56,9 @@ def _matching(table: pd.DataFrame) -> Finding:
     above = int((matched["mean"] > matched["scrambled_high"]).sum())
     text = (
         f"With neurons matched the cosine is {_range(matched)} by layer, {_range(by['in_order'])} "
-        f"without. Matching finds as much by chance: {matched['gaussian_mean'].mean():.3f} in "
-        f"Gaussian experts of equal shape, {_range(matched, 'scrambled_mean')} in these experts "
-        f"with one of each pair scrambled. The mean lies above every scrambled pair in {above} "
+        f"without. By chance matching finds {matched['gaussian_mean'].mean():.3f} in Gaussian "
+        f"experts of equal shape, and {_range(matched, 'scrambled_mean')} in these experts with "
+        f"one of each pair scrambled. The mean lies above every scrambled pair in {above} "
         f"of {len(matched)} layers. Kendall's tau of the matching is {_range(tau)}: 1 would "
         "be neurons in the same order."
     )

@@ -75,9 +75,9 @@ def _means(frame: pd.DataFrame) -> Figure:
         "by run in the order given, with its 95% interval where the analysis gives one. The line "
         "joins neighbours of that order; it means a course only where the order is one, such as "
         "checkpoints of a training.",
-        limits="Each run is one model from one training: intervals are over documents and say "
-        "nothing about what another seed would give. Models of different depth are compared by "
-        "their means alone.",
+        limits="Each run is one model from one training: intervals are over documents (of "
+        "`weights`, over experts) and say nothing about what another seed would give. Models of "
+        "different depth are compared by their means alone.",
         chart=facet_by_heading(alt.layer(spread, points, data=frame).properties(height=130), order),
         panels=Panels(count=len(order), minimum=max(200, 34 * len(runs)), preferred=300, across=3),
     )

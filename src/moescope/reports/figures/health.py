@@ -96,7 +96,8 @@ def _verdicts(rows: pd.DataFrame) -> Figure:
         "sign; square, the data cannot tell. Below it stands what was measured. The tooltip and "
         "the table say what was seen, against which null.",
         limits="A sign is not yet a fault, nor its absence health: it says that chance does not "
-        "explain what was seen on this text; how large it is, the numbers say. The last two checks "
+        "explain what was seen on this text (of the two blind checks: that chance does, and hides "
+        "little); how large it is, the numbers say. The last two checks "
         "are no failures by themselves: words differ, and so does what they need.",
         chart=alt.layer(points, numbers).properties(height=alt.Step(46)),
         panels=Panels(

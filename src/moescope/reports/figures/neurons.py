@@ -21,7 +21,8 @@ COLUMNS = {
     "dead": "Of the judged neurons those that are active at no token.",
     "selectivity": "Mean over neurons of the largest difference between the mean absolute "
     "activation in one domain and that elsewhere, in standard deviations over tokens.",
-    "null_mean, null_p95": "Mean and 95th percentile of it when documents are shuffled.",
+    "null_mean, null_p95": "Mean and 95th percentile of it when documents are shuffled, each "
+    "difference over its own standard error and times that of the domains as they are.",
     "selective": "Neurons whose difference for a domain is clear of the shuffles, corrected for "
     "all neurons and domains of the layer (maxT).",
     "difference": "Of a neuron: between its domain and elsewhere, in standard deviations. Of an "
@@ -290,7 +291,7 @@ def _ablation(table: pd.DataFrame) -> Figure:
         "of its layer, at random or with the nearest share of the domain's tokens. On the text of "
         "the domain, and on all other text. Rules are 95% intervals over documents (none under 30 "
         "documents).",
-        limits="Neurons were chosen on the same text, by activation and not by loss. What one "
+        limits="Neurons were chosen by activation and not by loss, on other documents. What one "
         "neuron does others may do as well: no rise does not mean no function. Intervals are for "
         "one number at a time.",
         chart=chart,
