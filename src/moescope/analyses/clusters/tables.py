@@ -1,0 +1,160 @@
+"""Tables of `clusters`."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+from scipy.cluster.hierarchy import leaves_list
+
+from moescope.analyses.clusters.losses import (
+    all_documents,
+    judged,
+    loss_columns,
+    paired_columns,
+)
+from moescope.analyses.clusters.options import ClustersOptions
+from moescope.analyses.clusters.sharing import DEPTH, RANDOM, Setting, Smaller
+from moescope.analyses.clusters.tree import (
+    cuts,
+    labels_of,
+    representatives,
+    shuffled_silhouettes,
+    silhouettes,
+    tree_of,
+)
+from moescope.analyses.fits import Fits
+from moescope.analyses.likeness import Likeness, expert_parameters, tokens_by_expert
+from moescope.evaluate.totals import Resampling, Totals
+
+
+def cut_table(likeness: Likeness, options: ClustersOptions) -> pd.DataFrame:
+    """One row per number of clusters: how good the cut is, and what it would let go.
+
+    silhouette; null_mean and null_high, its mean and 95% quantile with the distances dealt out to
+    pairs at random; p_value, of the best cut alone, of the largest silhouette over all cuts.
+    could_go, experts that their cluster does not keep; fvu_median, fvu_worst of who stands in for
+    them, on held-out documents; linear_median, that of linear maps for the same; better_than_linear
+    how many are better imitated by it than by their linear map.
+    """
+    distances = likeness.distances
+    scores = silhouettes(distances)
+    shuffled = shuffled_silhouettes(distances, options.permutations, options.seed)
+    tree, size = tree_of(distances), len(likeness.experts)
+    rows = []
+    for i, clusters in enumerate(cuts(size)):
+        kept = representatives(labels_of(tree, clusters), likeness.relative)
+        going = np.nonzero(kept != np.arange(size))[0]
+        fvu, linear = likeness.fvu[going, kept[going]], likeness.linear_fvu[going]
+        rows.append(
+            {
+                "clusters": clusters,
+                "silhouette": scores[i],
+                "null_mean": shuffled[:, i].mean(),
+                "null_high": np.quantile(shuffled[:, i], 0.95),
+                "best": i == scores.argmax(),
+                "could_go": len(going),
+                "fvu_median": np.median(fvu),
+                "fvu_worst": fvu.max(),
+                "linear_median": np.median(linear),
+                "better_than_linear": int((fvu < linear).sum()),
+            }
+        )
+    table = pd.DataFrame(rows)
+    beyond = (1 + (shuffled.max(1) >= scores.max() - 1e-12).sum()) / (1 + len(shuffled))
+    return table.assign(
+        p_value=np.where(table["best"], beyond, np.nan),
+        n_experts=size,
+        permutations=options.permutations,
+        seed=options.seed,
+    )
+
+
+def member_table(fits: Fits, likeness: Likeness, clusters: int) -> pd.DataFrame:
+    """One row per expert: its cluster at one cut, who stands in for it, and who is most like it.
+
+    order is its place along the tree. nearest has the least relative error in its place, inside the
+    training documents; nearest_fvu is measured on held-out ones.
+    """
+    tree = tree_of(likeness.distances)
+    labels = labels_of(tree, clusters)
+    kept = representatives(labels, likeness.relative)
+    others = likeness.relative + np.diag(np.full(len(labels), np.inf))
+    nearest = others.argmin(1)
+    rows = np.arange(len(labels))
+    used = tokens_by_expert(fits.tokens, likeness.experts, held_out=False)
+    return pd.DataFrame(
+        {
+            "layer": [expert.layer for expert in likeness.experts],
+            "expert": [expert.expert for expert in likeness.experts],
+            "cluster": labels,
+            "kept": [str(likeness.experts[k]) for k in kept],
+            "order": _leaves(tree),
+            "nearest": [str(likeness.experts[k]) for k in nearest],
+            "nearest_relative": others[rows, nearest],
+            "nearest_fvu": likeness.fvu[rows, nearest],
+            "null": likeness.null,
+            "linear_fvu": likeness.linear_fvu,
+            "training_tokens": [used[expert] for expert in likeness.experts],
+        }
+    )
+
+
+def pair_table(likeness: Likeness) -> pd.DataFrame:
+    """One row per ordered pair: errors of the target in the place of the source."""
+    rows, columns = np.nonzero(~np.eye(len(likeness.experts), dtype=bool))
+    names = np.array([str(expert) for expert in likeness.experts])
+    return pd.DataFrame(
+        {
+            "source": names[rows],
+            "target": names[columns],
+            "inner_fvu": likeness.inner_fvu[rows, columns],
+            "relative": likeness.relative[rows, columns],
+            "distance": likeness.distances[rows, columns],
+            "fvu": likeness.fvu[rows, columns],
+        }
+    )
+
+
+def shared_table(
+    fits: Fits,
+    likeness: Likeness,
+    models: Mapping[Setting, Smaller],
+    totals: Mapping[Setting, Totals],
+    resampling: Resampling,
+) -> pd.DataFrame:
+    """Loss and its rise by variant, size, draw and domain, beside the parameters of the experts."""
+    whole = expert_parameters(fits.material.model, likeness.experts)
+    rows = []
+    for setting, total in totals.items():
+        smaller = models[setting]
+        for domain, documents in total.by_domain():
+            row = setting._asdict() | {"experts": smaller.experts, "domain": domain}
+            row |= {"parameters": smaller.parameters, "of_parameters": smaller.parameters / whole}
+            rows.append(row | loss_columns(documents, resampling))
+    return pd.DataFrame(rows)
+
+
+def against_table(totals: Mapping[Setting, Totals], resampling: Resampling) -> pd.DataFrame:
+    """By how much the loss with clusters of all layers lies above that of each other variant.
+
+    Paired by document, on all domains; random clusters are one, the mean of their draws.
+    """
+    sums = {setting: all_documents(total) for setting, total in totals.items()}
+    rows = []
+    for setting, own in sums.items():
+        if setting.variant != DEPTH:
+            continue
+        for variant in dict.fromkeys(s.variant for s in sums if s.variant != DEPTH):
+            others = [d for s, d in sums.items() if s[:2] == (variant, setting.kept)]
+            if others:
+                row = {"kept": setting.kept, "versus": variant, "draws": len(others)}
+                each = [other["difference"].sum() / own["tokens"].sum() for other in others]
+                row |= {"least": min(each), "most": max(each)} if variant == RANDOM else {}
+                rows.append(row | paired_columns(own, others, resampling))
+    return judged(pd.DataFrame(rows))
+
+
+def _leaves(tree: np.ndarray) -> np.ndarray:
+    order = np.empty(len(tree) + 1, dtype=int)
+    order[leaves_list(tree)] = np.arange(len(order))
+    return order

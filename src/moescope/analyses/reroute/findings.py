@@ -1,0 +1,99 @@
+"""What the tables of `reroute` say in words."""
+
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+
+from moescope.analyses.clusters.losses import nats, rise_of
+from moescope.analyses.fits import Source
+from moescope.analyses.reroute.ways import ANY_LAYER
+from moescope.measures.bootstrap import FEWEST_UNITS
+from moescope.runs import Finding
+
+
+def findings(
+    tables: Mapping[str, pd.DataFrame], threshold: float, left_out: Sequence[Source]
+) -> list[Finding]:
+    """From the tables of the result, the threshold that is compared, and who takes no part."""
+    rows = tables["reroute"][tables["reroute"]["domain"] == "all"]
+    against, routes = tables["against"], tables["routes"]
+    found = [
+        _budget(rows[rows["resident"] == number], against[against["resident"] == number], threshold)
+        for number in rows["resident"].unique()
+    ]
+    found += [_verdict(against), *_routes(routes)]
+    if left_out:
+        names = ", ".join(map(str, left_out))
+        text = f"{len(left_out)} experts have too few tokens for adapters and stay: {names}."
+        found.append(Finding(text=text))
+    return found
+
+
+def _budget(rows: pd.DataFrame, against: pd.DataFrame, threshold: float) -> Finding:
+    own = rows[(rows["way"] == ANY_LAYER) & (rows["threshold"] == threshold)].iloc[0]
+    text = (
+        f"With {int(own['resident'])} resident experts ({own['of_experts']:.0%}) and the tokens of "
+        f"the others sent to the most similar of them in any layer ({own['rerouted']:.0%} of all "
+        f"slots rerouted, {own['skipped']:.0%} skipped), the loss on held-out documents changes by "
+        f"{rise_of(own)} nats per token (n = {int(own['n_documents'])} documents, "
+        f"{int(own['n_tokens']):,} tokens)"
+    )
+    stricter = rows[(rows["way"] == ANY_LAYER) & (rows["threshold"] != threshold)]
+    others = [
+        f"at threshold {row['threshold']:g} {nats(row['difference'])} "
+        f"({row['skipped']:.0%} skipped)"
+        for _, row in stricter.iterrows()
+    ]
+    others += [
+        f"{way} {nats(rows[rows['way'] == way]['difference'].mean())}"
+        for way in against["versus"].unique()
+    ]
+    text += f"; {', '.join(others)}. Experts and adapters are {own['of_parameters']:.0%} of the "
+    text += "parameters of all experts."
+    numbers = {
+        "resident": int(own["resident"]),
+        "rise": own["difference"],
+        "rerouted": own["rerouted"],
+        "skipped": own["skipped"],
+        "of_parameters": own["of_parameters"],
+    }
+    return Finding(text=text, numbers=numbers)
+
+
+def _verdict(against: pd.DataFrame) -> Finding:
+    """In how many budgets rerouting is better and worse than each other way."""
+    if against["difference_low"].isna().all():
+        text = (
+            "Whether rerouting to any layer is better than another way cannot be said: under "
+            f"{FEWEST_UNITS} held-out documents."
+        )
+        return Finding(text=text)
+    parts, numbers = [], dict[str, int]()
+    for way, rows in against.groupby("versus", sort=False):
+        lower, higher = ((rows["verdict"] == verdict).sum() for verdict in ("lower", "higher"))
+        parts.append(f"{way}: better in {lower}, worse in {higher} of {len(rows)} budgets")
+        numbers |= {f"better_than_{way}": int(lower), f"worse_than_{way}": int(higher)}
+    text = (
+        f"Rerouting to any layer, against {'; '.join(parts)} (paired by document; p < 0.05 after "
+        f"Holm's correction for all {len(against)} comparisons)."
+    )
+    return Finding(text=text, numbers=numbers)
+
+
+def _routes(routes: pd.DataFrame) -> list[Finding]:
+    if routes.empty:
+        return []
+    rows = routes.drop_duplicates(["layer", "expert", "to_layer", "to_expert"])
+    better = (rows["fvu"] < rows["linear_fvu"]).sum()
+    same = (rows["layer"] == rows["to_layer"]).mean()
+    text = (
+        f"Of {len(rows)} routes, {int(better)} end at an expert that imitates better than a linear "
+        f"map without any expert (held-out documents; median FVU {rows['fvu'].median():.2f} "
+        f"against {rows['linear_fvu'].median():.2f}); {same:.0%} stay within their layer."
+    )
+    numbers = {
+        "routes": len(rows),
+        "better_than_linear": int(better),
+        "same_layer": float(same),
+    }
+    return [Finding(text=text, numbers=numbers)]
