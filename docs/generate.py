@@ -24,7 +24,12 @@ PAGES = {
     "depth": "compare.md",
     "ensemble": "lens.md",
     "lens": "decoding.md",
+    "ood": "domains.md",
     "prune-domain": "pruning.md",
+    "reroute": "rerouting.md",
+    "substitute": "substitution.md",
+    "swap-blocks": "swaps.md",
+    "swap-experts": "swaps.md",
     "topk": "lens.md",
     "tuned-lens": "tuned-lens.md",
 }

@@ -182,6 +182,51 @@ def test_estimated_recall_by_hand():
     assert rows.loc["recall, estimated", "low"] < 0.4 < rows.loc["recall, estimated", "high"]
 
 
+def test_estimated_recall_counts_a_drawn_pair_for_all_that_it_was_drawn_from():
+    pairs = pd.DataFrame(
+        {
+            "source_layer": 0,
+            "source_expert": [0, 0, 1, 1, 1, 1],
+            "target_layer": [1, 1, 2, 2, 2, 2],  # of two experts, and of four
+            "target_expert": [0, 1, 0, 1, 2, 3],
+            "fvu": [0.5, 0.4, 0.5, 0.6, np.nan, np.nan],
+            "stage": ["converged", "overlap", "converged", "overlap", "overlap", "overlap"],
+            "sampled": [False, True, False, True, False, False],
+        }
+    )
+    rows = recall(pairs).set_index("measure")
+    assert rows.loc["rejected better", "value"] == 1 / 4  # one of one, none of three
+    assert rows.loc["recall, estimated", "value"] == pytest.approx(2 / 3)
+
+
+def test_estimated_recall_is_near_the_true_one_in_the_mean():
+    random = np.random.default_rng(0)
+    found, truth = [], []
+    for _ in range(100):
+        fvu = random.normal(size=(12, 4, 8))  # imitated experts, layers, experts of a layer
+        place = (fvu + random.normal(size=fvu.shape)).argsort(-1).argsort(-1) + 1
+        kept = place == 1
+        truth.append(kept.sum() / (fvu <= fvu[kept].reshape(12, 4, 1)).sum())
+        drawn = np.zeros_like(kept)
+        for source in range(12):
+            rejected = np.argwhere(~kept[source])
+            drawn[(source, *rejected[random.permutation(len(rejected))[:2]].T)] = True
+        numbers = np.indices(fvu.shape).reshape(3, -1)
+        names = ("source_expert", "target_layer", "target_expert")
+        pairs = pd.DataFrame(dict(zip(names, numbers, strict=True))).assign(
+            source_layer=0,
+            fvu=np.where(kept | drawn, fvu, np.nan).ravel(),
+            stage=np.where(kept, "converged", "overlap").ravel(),
+            sampled=drawn.ravel(),
+        )
+        rows = recall(pairs).set_index("measure")
+        found.append(rows.loc["recall, estimated", ["value", "low", "high"]])
+    value, low, high = np.array(found, float).T
+    # A share in the denominator: the estimate of 24 drawn pairs is a little too large.
+    assert abs(value.mean() - np.mean(truth)) < 0.05
+    assert ((low <= truth) & (truth <= high)).mean() > 0.93
+
+
 def test_stages_and_the_drawn_sample():
     pairs = pairs_of([np.nan] * 4, [1, 2, 3, 4], "")
     screened = pairs.assign(short_fvu=[0.1, 0.2, np.nan, np.nan])

@@ -428,6 +428,7 @@ def test_what_cannot_be_asked_is_refused(material, tmp_path):
         {"thresholds": (-0.1,)},
         {"held_out_share": 1.0},
         {"tune_rate": 0.0},
+        {"bootstrap": 0},
     ):
         with pytest.raises(OptionError):
             SubstituteOptions(**changes)

@@ -83,6 +83,31 @@ def test_unknown_words_suggest_the_nearest(arguments, capsys):
     assert {"aling": "align"}.get(arguments[0], "--permutations") in shown.out + shown.err
 
 
+def test_a_dry_run_says_what_it_would_take_and_writes_nothing(run_folder, capsys):
+    quick = ["--experts-per-layer", "2", "--steps", "5", "--max-tokens", "300"]
+    plans = []
+    for of in (str(run_folder), "tiny"):
+        assert main(["atlas", of, "--dry-run", *quick, "--json"]) == 0
+        plans.append(json.loads(capsys.readouterr().out))
+    assert plans[0]["counts"] == plans[1]["counts"]
+    assert plans[0]["counts"]["pairs"] == 12 * 10
+    assert plans[0]["seconds"].keys() == {"0", "1", "8"}
+    assert main(["atlas", "tiny", "--dry-run", *quick]) == 0
+    assert "Atlas of tiny: 12 imitated experts, 120 pairs" in capsys.readouterr().out
+    assert "atlas" not in Run(run_folder).results()
+
+
+def test_a_dry_run_of_neither_a_run_nor_a_model_says_so(tmp_path, capsys):
+    assert main(["atlas", str(tmp_path / "none"), "--dry-run"]) == 1
+    assert str(tmp_path / "none") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["swap", "blocks"], ["swap-blocks"]])
+def test_a_command_may_be_two_words(words, tmp_path, capsys):
+    assert main([*words, str(tmp_path)]) == 1
+    assert "holds no capture" in capsys.readouterr().err
+
+
 def test_every_command_has_help(capsys):
     for name in commands():
         with pytest.raises(SystemExit):

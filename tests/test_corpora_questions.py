@@ -1,7 +1,11 @@
 import json
 
 import pytest
+import tokenizers
 import torch
+from tokenizers.models import BPE
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 import moescope
 from moescope.corpora.questions import NO_TARGET, Questions
@@ -106,6 +110,33 @@ def test_padding_is_at_the_right_and_counts_nowhere():
     assert batch.input_ids.tolist() == [[7, 8, 9], [6, 0, 0]]
     assert batch.decoder_input_ids.tolist() == [[4, 1], [4, 0]]
     assert torch.equal(batch.targets, torch.tensor([[1, 2], [3, n]]))
+
+
+@pytest.fixture(scope="module")
+def merging():
+    """A tokenizer of letters that reads "? y" as one token, and ends whole texts."""
+    names = ["<pad>", "</s>", *"abeswyhno? ", "? ", "? y"]
+    numbers = {name: number for number, name in enumerate(names)}
+    reader = tokenizers.Tokenizer(BPE(numbers, [("?", " "), ("? ", "y")]))
+    reader.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=reader, pad_token="<pad>", eos_token="</s>")
+
+
+def test_a_token_across_the_end_of_the_question_is_predicted(merging):
+    questions = Questions([("a?", "yes"), ("b", "no")], {})
+    (batch,) = questions.batches(merging, decoder_start=None)
+    rows = [merging.convert_ids_to_tokens(row) for row in batch.input_ids.tolist()]
+    assert rows == [["a", "? y", "e", "s"], ["b", " ", "n", "o"]]
+    assert batch.targets[:, :-1].tolist() == batch.input_ids[:, 1:].tolist()
+    assert batch.targets[:, -1].tolist() == [NO_TARGET] * 2
+
+
+@pytest.mark.parametrize("pair", [("why?", ""), ("why?", "  "), ("", "so")])
+@pytest.mark.parametrize("start", [None, 1])
+def test_a_space_or_an_end_token_is_no_answer(pair, start, tokenizer, merging):
+    for reads in (tokenizer, merging):
+        with pytest.raises(CorpusError, match="holds no tokens"):
+            list(Questions([pair], {}).batches(reads, decoder_start=start))
 
 
 def test_nothing_to_ask_or_to_answer_is_refused(tokenizer):

@@ -14,6 +14,7 @@ from moescope import evaluate
 from moescope.analyses.material import Material
 from moescope.analyses.registry import Analysis, all_analyses
 from moescope.captures.options import CaptureOptions
+from moescope.captures.read import Capture
 from moescope.captures.record import capture
 from moescope.comparison import compare
 from moescope.config import build, read_yaml
@@ -289,7 +290,8 @@ def _command_of(entry: Analysis[Any]) -> Callable[..., None]:
         run: Positional[Path], options: Any, dry_run: bool = False, as_json: Json = False
     ) -> None:
         if dry_run and entry.plan is not None:
-            found = entry.plan(Material(run).model, options)
+            model = Material(run).model if Capture.exists(run) else load(str(run))
+            found = entry.plan(model, options)
             print(to_json(found.as_dict()) if as_json else found)
         else:
             command(run, options, as_json)
@@ -301,7 +303,10 @@ def _command_of(entry: Analysis[Any]) -> Callable[..., None]:
         "Args:\n    run: Run folder; with a capture, unless a checkpoint is named."
     )
     if entry.plan is not None:
-        chosen.__doc__ += "\n    dry_run: Only print what it would do and how long that would take."
+        chosen.__doc__ += (
+            "\n    dry_run: Only print what it would do and how long that would take; a model may "
+            "be named in the place of the run."
+        )
     return chosen
 
 

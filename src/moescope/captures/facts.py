@@ -9,7 +9,7 @@ from typing import Any
 from moescope.captures.partial import MANIFEST, read_manifest
 from moescope.captures.places import Place
 from moescope.captures.shards import Entry
-from moescope.errors import CaptureError, unknown
+from moescope.errors import CaptureError
 from moescope.models.view import Stack
 
 
@@ -116,7 +116,11 @@ class CaptureFacts:
 
     def _require(self, name: str) -> None:
         if name not in self.recorded:
-            raise unknown("recorded tensor:", name, self.recorded, CaptureError)
+            raise CaptureError(
+                f"{self.folder} lacks the tensor {name!r}",
+                got=", ".join(self.recorded),
+                remedy=f"Capture again, with --record {' '.join([*self.recorded, name])}",
+            )
 
     def _require_samples(self) -> None:
         if not self._per_expert:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +120,9 @@ class Questions:
         for first in range(0, len(self), size):
             some = self.pairs[first : first + size]
             encoded = [encode(pair, tokenizer) for pair in some]
-            for (question, answer), pair in zip(encoded, some, strict=True):
-                if not (question and answer):
+            for tokens, pair in zip(encoded, some, strict=True):
+                # An empty text may still be a space or an end token.
+                if not (all(tokens) and all(map(_stripped, pair))):
                     raise CorpusError("a question or its answer holds no tokens", got=pair)
             if decoder_start is None:
                 yield _joined(encoded, special, first)
@@ -145,17 +147,25 @@ def _text(document: Document) -> str:
     return document.content
 
 
+def _stripped(part: str | Ids) -> str | Ids:
+    return part.strip() if isinstance(part, str) else part
+
+
 def _together(pair: Pair, tokenizer: Tokenizer | None) -> tuple[Ids, Ids]:
     """Ids of a question and, after a space, of its answer.
 
-    A word may begin with its space, so both are read in one: what follows as many tokens as the
-    question has alone is the answer (as in the lm-evaluation-harness).
+    A word may begin with its space, so both are read in one. The answer begins with the first token
+    that is not that of the question alone: where the end of the question is read otherwise before
+    an answer, that token is to be predicted too.
     """
     question, answer = pair
     if not (isinstance(question, str) and isinstance(answer, str)):
         return _apart(pair, tokenizer)
-    before = _ids(question, tokenizer, special=False)
-    return before, _ids(f"{question} {answer}", tokenizer, special=False)[len(before) :]
+    alone = _ids(question, tokenizer, special=False)
+    both = _ids(f"{question} {answer}", tokenizer, special=False)
+    equal = (one == other for one, other in zip(alone, both, strict=False))
+    shared = sum(takewhile(bool, equal))
+    return both[:shared], both[shared:]
 
 
 def _apart(pair: Pair, tokenizer: Tokenizer | None) -> tuple[Ids, Ids]:

@@ -59,15 +59,20 @@ def _estimated(pairs: pd.DataFrame, known: pd.DataFrame) -> list[dict[str, Any]]
         return []
     better = (drawn["fvu"] < drawn["worst"]).astype(float)
     by_source = better.groupby([drawn[column] for column in SOURCE]).mean()
-    survived = pairs["stage"] == "converged"
-    layers = survived.groupby([pairs[column] for column in [*SOURCE, "target_layer"]])
+    judged = pairs.set_index(SOURCE).loc[by_source.index].reset_index()
+    survived = judged["stage"] == "converged"
+    layers = survived.groupby([judged[column] for column in [*SOURCE, "target_layer"]])
     survivors, left = float(layers.sum().mean()), float((layers.size() - layers.sum()).mean())
+    # As many are drawn for every expert: each stands for as many as were rejected for its own.
+    rejected = (~survived).astype(float)
+    weights = rejected.groupby([judged[column] for column in SOURCE]).sum().tolist()
 
     def share_kept(missed: float) -> float:
         return survivors / (survivors + left * missed)
 
     at_random = survivors / (survivors + 1)
-    row = _row("rejected better", round(survivors), by_source.tolist(), at_random, len(drawn))
+    number, values = round(survivors), by_source.tolist()
+    row = _row("rejected better", number, values, at_random, len(drawn), weights)
     estimate = {
         "measure": "recall, estimated",
         "value": share_kept(row["value"]),
@@ -79,14 +84,23 @@ def _estimated(pairs: pd.DataFrame, known: pd.DataFrame) -> list[dict[str, Any]]
 
 
 def _row(
-    measure: str, kept: int, by_source: Sequence[float], chance: float, pairs: int
+    measure: str,
+    kept: int,
+    by_source: Sequence[float],
+    chance: float,
+    pairs: int,
+    weights: Sequence[float] | None = None,
 ) -> dict[str, Any]:
-    limits = _mean_limits if measure == "rank correlation" else _share_limits
-    low, high = limits(by_source)
+    weighing = np.ones(len(by_source)) if weights is None else np.asarray(weights, float)
+    value = float(np.average(by_source, weights=weighing)) if by_source else math.nan
+    if measure == "rank correlation":
+        low, high = _mean_limits(by_source)
+    else:
+        low, high = _share_limits(value, float(weighing.sum() ** 2 / (weighing**2).sum()))
     return {
         "measure": measure,
         "kept": kept,
-        "value": float(np.mean(by_source)) if by_source else math.nan,
+        "value": value,
         "low": low,
         "high": high,
         "chance": chance,
@@ -95,9 +109,12 @@ def _row(
     }
 
 
-def _share_limits(values: Sequence[float]) -> tuple[float, float]:
-    """Wilson's 95% interval (1927) of a mean of shares, as if each were 0 or 1: the widest case."""
-    number, share, z = len(values), float(np.mean(values)), float(norm.ppf(0.975))
+def _share_limits(share: float, number: float) -> tuple[float, float]:
+    """Wilson's 95% interval (1927) of a mean of shares, as if each were 0 or 1: the widest case.
+
+    `number` of them; where they have weights, as many equal ones as would vary alike (Kish 1965).
+    """
+    z = float(norm.ppf(0.975))
     middle = share + z**2 / (2 * number)
     reach = z * math.sqrt(share * (1 - share) / number + z**2 / (4 * number**2))
     scale = 1 + z**2 / number

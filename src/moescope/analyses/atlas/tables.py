@@ -25,7 +25,8 @@ def score_p_values(
 
     The interval holds the spread of one more random expert, predicted from `RANDOM_SEEDS` of them:
     its tail is that of a t distribution with one degree of freedom less. Where the spread over
-    documents is the larger part the tail is thinner than that, and the p-value too large.
+    documents is the larger part the tail is thinner than that, and the p-value too large. Where
+    errors of random experts are skewed to the low side it is too small.
     """
     degrees = RANDOM_SEEDS - 1
     reach = np.where(score > low, score - low, np.nan)

@@ -56,6 +56,7 @@ class SubstituteOptions:
 
     def __post_init__(self) -> None:
         lowest = {"sources": 1, "candidates": 1, "max_tokens": 1, "tokens": 1, "tune_steps": 0}
+        lowest |= {"rank": 0, "bootstrap": 1}
         for name, least in lowest.items():
             value = getattr(self, name)
             if value < least:

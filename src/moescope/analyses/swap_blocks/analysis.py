@@ -5,7 +5,7 @@ from moescope.analyses.registry import analysis
 from moescope.analyses.swap_blocks.decay import decay_table
 from moescope.analyses.swap_blocks.findings import against_left_out, findings
 from moescope.analyses.swap_blocks.kept import Kept
-from moescope.analyses.swap_blocks.options import SwapBlocksOptions, layers_of
+from moescope.analyses.swap_blocks.options import SwapBlocksOptions, layers_of, pairs_of
 from moescope.analyses.swap_blocks.passes import read_unchanged, run_swaps
 from moescope.analyses.swap_blocks.reading import Reading, basis, kept_of, reading_of
 from moescope.analyses.swap_blocks.routing import distortion_table, shares_table
@@ -18,9 +18,11 @@ from moescope.runs import Result
 
 def operations(model: MoEModel, options: SwapBlocksOptions) -> float:
     """Floating-point operations of all passes; of questions a guess at their length."""
-    layers = len(layers_of(model, options.stack))
+    swaps = pairs_of(model, options.stack)
+    if options.left_out:
+        swaps += len(model.layers)
     tokens = 40 * options.most_questions if options.questions else options.tokens
-    return 2.0 * parameters_met(model) * tokens * (1 + layers * (layers - 1) / 2)
+    return 2.0 * parameters_met(model) * tokens * (1 + swaps)
 
 
 @analysis(

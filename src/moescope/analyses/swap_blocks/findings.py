@@ -9,7 +9,7 @@ from moescope.runs import Finding
 _MOST_NAMED = 12
 _UNITS = {"accuracy": "", "loss": " nats"}
 _SAID = {
-    "harmless": "harmless (95% interval within {margin})",
+    "harmless": "harmless (changed by less than {margin}, corrected p < 0.025)",
     "worse": "for the worse (corrected p < 0.05)",
     "better": "for the better (corrected p < 0.05)",
     "open": "open (neither)",

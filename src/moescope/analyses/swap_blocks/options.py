@@ -21,7 +21,8 @@ class SwapOptions:
     stack: Stack | None = None
     """Layers of which stack; of an encoder-decoder the encoder if it has two sparse layers."""
     margin_accuracy: float = 0.02
-    """A swap is harmless if the 95% interval of the change of accuracy lies within this."""
+    """A swap is harmless if the change of accuracy is surely less than this, either way: one-sided
+    p < 0.025, corrected for the number of swaps."""
     margin_loss: float = 0.02
     """The same for the loss, in nats per token or, with questions, per answer."""
     bootstrap: int = 1_000
@@ -30,7 +31,8 @@ class SwapOptions:
     """Seed of the draw of questions, of resamples and of permutations."""
 
     def __post_init__(self) -> None:
-        lowest = {"most_questions": 1, "tokens": 1, "margin_accuracy": 0, "margin_loss": 0}
+        lowest = {"most_questions": 1, "tokens": 1, "bootstrap": 1}
+        lowest |= {"margin_accuracy": 0, "margin_loss": 0}
         for name, least in lowest.items():
             value = getattr(self, name)
             if value < least:
@@ -57,15 +59,26 @@ def layers_of(model: MoEModel, stack: Stack | None) -> list[MoELayer]:
     Raises:
         ModelError: There are fewer than two.
     """
+    chosen, layers = _sparse_layers(model, stack)
+    if len(layers) < 2:
+        raise ModelError(
+            f"the {chosen} of the model {model.name!r} has fewer than two sparse layers, so that "
+            "there is nothing to swap",
+            got=len(layers),
+            expected="at least 2",
+        )
+    return layers
+
+
+def pairs_of(model: MoEModel, stack: Stack | None) -> int:
+    """How many pairs of sparse layers there are; 0 where `layers_of` will refuse."""
+    number = len(_sparse_layers(model, stack)[1])
+    return number * (number - 1) // 2
+
+
+def _sparse_layers(model: MoEModel, stack: Stack | None) -> tuple[Stack, list[MoELayer]]:
     stacks: dict[Stack, list[MoELayer]] = {"encoder": [], "decoder": []}
     for layer in model.layers:
         stacks[layer.stack].append(layer)
     chosen = stack or ("encoder" if len(stacks["encoder"]) > 1 else "decoder")
-    if len(stacks[chosen]) < 2:
-        raise ModelError(
-            f"the {chosen} of the model {model.name!r} has fewer than two sparse layers, so that "
-            "there is nothing to swap",
-            got=len(stacks[chosen]),
-            expected="at least 2",
-        )
-    return stacks[chosen]
+    return chosen, stacks[chosen]

@@ -25,6 +25,7 @@ REFUSED = "refused"
 SIGN = {"accuracy": -1, "loss": 1}
 """Where a change of a measure is for the worse."""
 _NORMAL = float(ndtri(0.975))
+_ONE_SIDED = 0.025
 
 
 def measures_of(swaps: Swaps) -> list[str]:
@@ -78,23 +79,29 @@ def _columns(swaps: Swaps, units: pd.DataFrame, options: SwapOptions) -> dict[st
 
 
 def _judge(table: pd.DataFrame, measure: str, margin: float) -> None:
-    """Add p-values, corrected for the number of swaps, and what they and the interval say."""
+    """Add p-values, corrected for the number of swaps, and what they say."""
     low, high = (table[f"{measure}_difference_{end}"] for end in ("low", "high"))
-    p_values = _interval_p(low.to_numpy(), high.to_numpy())
+    middle, reach = ((high + low) / 2).to_numpy(), ((high - low) / 2).to_numpy()
+    p_values = 2 * _beyond(np.abs(middle), reach)
     corrected = holm(p_values)
-    worse = SIGN[measure] * (low + high) > 0
+    # Of a change as large as the margin, on the side where it is nearer (Schuirmann 1987).
+    within = holm(_beyond(margin - np.abs(middle), reach))
     found = pd.Series("open", table.index)
-    found[(corrected < 0.05) & worse] = "worse"
-    found[(corrected < 0.05) & ~worse] = "better"
-    found[(-margin <= low) & (high <= margin)] = "harmless"
+    found[(corrected < 0.05) & (SIGN[measure] * middle > 0)] = "worse"
+    found[(corrected < 0.05) & (SIGN[measure] * middle < 0)] = "better"
+    found[within < _ONE_SIDED] = "harmless"
     found[low.isna()] = ""
     table[f"{measure}_p_value"], table[f"{measure}_p_corrected"] = p_values, corrected
     table[f"{measure}_verdict"] = found
 
 
-def _interval_p(low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Two-sided p-values of no difference, of a normal distribution with these 95% limits."""
-    middle, reach = (low + high) / 2, (high - low) / 2
+def _beyond(distance: np.ndarray, reach: np.ndarray) -> np.ndarray:
+    """One-sided p-values of a normal distribution whose 95% limits are at this reach.
+
+    Args:
+        distance: Of the estimate from what is to be refuted; below 0 on its side.
+        reach: Half the width of the intervals.
+    """
     with np.errstate(divide="ignore", invalid="ignore"):
-        distance = np.where(middle == 0, 0, np.abs(middle) / reach)
-    return np.where(np.isnan(middle), np.nan, 2 * ndtr(-_NORMAL * distance))
+        z = np.where(distance == 0, 0, _NORMAL * distance / reach)
+    return np.where(np.isnan(reach), np.nan, ndtr(-z))

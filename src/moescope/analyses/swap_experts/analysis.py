@@ -5,7 +5,7 @@ from moescope.analyses.registry import analysis
 from moescope.analyses.swap_blocks.decay import decay_table
 from moescope.analyses.swap_blocks.findings import findings
 from moescope.analyses.swap_blocks.kept import Kept
-from moescope.analyses.swap_blocks.options import layers_of
+from moescope.analyses.swap_blocks.options import layers_of, pairs_of
 from moescope.analyses.swap_blocks.passes import read_unchanged, run_swaps
 from moescope.analyses.swap_blocks.reading import Reading, basis, kept_of, reading_of
 from moescope.analyses.swap_blocks.routing import distortion_table, shares_table
@@ -21,10 +21,9 @@ _SHOWN = 3
 
 def operations(model: MoEModel, options: SwapExpertsOptions) -> float:
     """Floating-point operations of all passes; of questions a guess at their length."""
-    layers = layers_of(model, options.stack)
-    swaps = len(options.pairs) or len(layers) * (len(layers) - 1) // 2
+    swaps = len(options.pairs) or pairs_of(model, options.stack)
     if options.layers:
-        swaps = layers[0].num_experts ** 2
+        swaps = model.layers[0].num_experts ** 2
     tokens = 40 * options.most_questions if options.questions else options.tokens
     return 2.0 * parameters_met(model) * tokens * (1 + swaps)
 

@@ -32,7 +32,7 @@ def expert_swaps(
     """
     by_number = {layer.index: layer for layer in layers}
     if options.pairs:
-        pairs = [_pair(text, by_number) for text in options.pairs]
+        pairs = [_pair(text, by_number) for text in dict.fromkeys(options.pairs)]
     elif options.layers:
         one, other = (_layer(number, by_number) for number in options.layers)
         numbers = product(range(one.num_experts), range(other.num_experts))

@@ -44,6 +44,8 @@ _PICTURES = {
 }
 """By name: column of a pair of experts, and what is shown of it or of its median; all of them are
 at most 1, and more is more alike."""
+_SHOWN = "score, R\u00b2 or overlap"
+"""What the cells show, whichever of them the selector is at."""
 Layered = alt.LayerChart | alt.FacetChart
 
 _CELL = 14
@@ -118,7 +120,7 @@ def _matrix(table: pd.DataFrame, names: list[str], side: int) -> Layered:
         column = column if side else f"median_{column}"
         value = f"isValid(datum.{column}) ? {shown.format(column)} : null"
         choice = f"picture === '{name}' ? ({value}) : {choice}"
-    colour = diverging("value:Q", "shown", 1.0)
+    colour = diverging("value:Q", _SHOWN, 1.0)
     marks = matrix(x, y, "value", colour, _tooltip(side))
     chart: Layered = alt.layer(*marks, data=table).transform_calculate(value=choice)
     return chart
@@ -128,7 +130,7 @@ def _tooltip(side: int) -> list[alt.Tooltip]:
     if side == 0:
         return [
             label("layers", "layers"),
-            tip("value", "shown"),
+            tip("value", _SHOWN),
             tip("median_score", "score, median"),
             tip("best_score", "best score"),
             tip("best_low", "its 95% interval, from"),
@@ -141,7 +143,7 @@ def _tooltip(side: int) -> list[alt.Tooltip]:
         label("layers", "layers"),
         label("source_expert", "imitated expert"),
         label("target_expert", "imitating expert"),
-        tip("value", "shown"),
+        tip("value", _SHOWN),
         tip("score", "score"),
         tip("score_low", "95% interval, from"),
         tip("score_high", "to"),

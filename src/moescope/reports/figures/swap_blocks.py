@@ -23,8 +23,9 @@ COLUMNS = {
     "accuracy_p_value, loss_p_value": "Of no difference, from the interval as if of a normal "
     "distribution.",
     "accuracy_p_corrected, loss_p_corrected": "After Holm's correction for the number of swaps.",
-    "accuracy_verdict, loss_verdict": "harmless: the 95% interval lies within the margin; worse, "
-    "better: it does not, and corrected p < 0.05; open: neither.",
+    "accuracy_verdict, loss_verdict": "harmless: a change by the margin or more is refuted (one-"
+    "sided p < 0.025, corrected too); worse, better: it is not, and corrected p < 0.05; open: "
+    "neither.",
     "status": "ok; few_documents, few_questions: under 30, no intervals of losses; unchanged: the "
     "model as it is; refused: the swap cannot be made, see reason.",
     "router_of": "Layer whose router (or block) stands at this layer meanwhile.",
