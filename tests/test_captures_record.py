@@ -247,7 +247,7 @@ def test_routing_alone_records_nothing_wide(model, tmp_path):
     recorded = zoo.record(tmp_path, model, record=("routing",))
     assert recorded.recorded == ["routing"]
     assert {entry["kind"] for entry in recorded.manifest["shards"]} == {"tokens"}
-    with pytest.raises(CaptureError, match="'inputs'.*Expected: routing"):
+    with pytest.raises(CaptureError, match="'inputs'.*Got: routing.*--record routing inputs"):
         recorded.inputs(0)
 
 
