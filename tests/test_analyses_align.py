@@ -133,7 +133,7 @@ def test_held_out_documents_do_not_train(planted):
 
 
 def test_other_libraries_mean_other_parts(planted, monkeypatch):
-    from moescope.analyses.align import analysis as module
+    from moescope import runs as module
 
     one = {"source_experts": (0,), "target_experts": (0,)}
     before = aligned(planted, **one).provenance["adapters"]

@@ -10,6 +10,7 @@ complete. `results/NAME.json` is written last, so a result without it does not e
 """
 
 import errno
+import hashlib
 import html
 import json
 import math
@@ -217,6 +218,17 @@ class Run:
     def results_folder(self) -> Path:
         """Where analyses write."""
         return self.path / "results"
+
+    def parts_folder(self, analysis: str, key: Mapping[str, object]) -> Path:
+        """Where an analysis keeps finished parts, so that an interrupted run goes on after them.
+
+        Args:
+            analysis: Its name.
+            key: Everything that the parts depend on, but for their names; versions of libraries
+                are added.
+        """
+        named = to_json({**key, "libraries": library_versions()})
+        return self.results_folder / analysis / hashlib.sha256(named.encode()).hexdigest()[:12]
 
     def results(self) -> list[str]:
         """Names of the complete results, sorted."""

@@ -6,7 +6,6 @@
 KEY names everything that a fit depends on, but for the experts.
 """
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -31,7 +30,7 @@ from moescope.captures.read import Recorded
 from moescope.experts.adapter import Adapter
 from moescope.experts.weights import ExpertWeights
 from moescope.interventions import Expert, substitute
-from moescope.runs import library_versions, read_json, to_json, write_json
+from moescope.runs import read_json, write_json
 
 FITS_VERSION = 1
 """Raised with every change of mathematics, so that no adapter fitted before it is reused."""
@@ -224,10 +223,8 @@ class Fits:
             "most": self.tokens.most,
             "tokens_seed": self.tokens.seed,
             "options": asdict(self.options),
-            "libraries": library_versions(),
         }
-        digest = hashlib.sha256(to_json(key).encode()).hexdigest()[:12]
-        return self.material.run.results_folder / "fits" / digest
+        return self.material.run.parts_folder("fits", key)
 
     def _record(self, source: Source, target: Target) -> Path:
         return self._folder / f"{source}-to-{target}.json"

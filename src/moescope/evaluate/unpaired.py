@@ -1,5 +1,7 @@
 """How well a model predicts a text, by domain."""
 
+from collections.abc import Iterable, Sequence
+
 import numpy as np
 import pandas as pd
 
@@ -39,11 +41,10 @@ def loss(model: MoEModel, corpus: Corpus, *, bootstrap: int = 1_000, seed: int =
         CorpusError: The text cannot be read, or holds nothing to predict.
         ModelError: The model is an encoder-decoder.
     """
-    totals, resampling = Totals(corpus.domains), Resampling(resamples=bootstrap, seed=seed)
+    resampling = Resampling(resamples=bootstrap, seed=seed)
     require_decoder_only(model)
-    with evaluating(model):
-        for batch in track(corpus.batches(model.tokenizer), "evaluate: batches"):
-            _add_batch(totals, model, batch)
+    batches = track(corpus.batches(model.tokenizer), "evaluate: batches")
+    totals = summed_losses(model, batches, corpus.domains)
     rows = []
     for domain, documents in totals.by_domain():
         found = mean_columns(documents, ["loss"], resampling)
@@ -53,6 +54,21 @@ def loss(model: MoEModel, corpus: Corpus, *, bootstrap: int = 1_000, seed: int =
         }
         rows.append({"domain": domain} | found | perplexity | counts(documents, resampling))
     return pd.DataFrame(rows)
+
+
+def summed_losses(model: MoEModel, batches: Iterable[Batch], domains: Sequence[str]) -> Totals:
+    """Sums per document of `loss`, in nats, in evaluation mode, with the changes that hold now.
+
+    Args:
+        model: The model, decoder-only.
+        batches: The text.
+        domains: Names of its domains.
+    """
+    totals = Totals(domains)
+    with evaluating(model):
+        for batch in batches:
+            _add_batch(totals, model, batch)
+    return totals
 
 
 def _add_batch(totals: Totals, model: MoEModel, batch: Batch) -> None:

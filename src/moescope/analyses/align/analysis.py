@@ -25,7 +25,7 @@ from moescope.analyses.registry import analysis
 from moescope.captures.read import Capture
 from moescope.models.view import MoEModel
 from moescope.progress import track
-from moescope.runs import Finding, Result, library_versions
+from moescope.runs import Finding, Result
 
 PARTS_VERSION = 4
 """Raised with every change of mathematics, so that no part computed before it is reused."""
@@ -112,7 +112,7 @@ _FREE = ("source", "target", "source_experts", "learning_curve", "capacity", "ma
 """Options that no kept table of a source expert depends on, or that are known otherwise."""
 
 
-def _key(capture: Capture, options: AlignOptions, most_training: int | None) -> object:
+def _key(capture: Capture, options: AlignOptions, most_training: int | None) -> dict[str, object]:
     """What a finished source expert depends on, but for itself and the layers."""
     fixed: dict[str, Any] = {k: v for k, v in asdict(options).items() if k not in _FREE}
     return {
@@ -121,7 +121,6 @@ def _key(capture: Capture, options: AlignOptions, most_training: int | None) -> 
         "options": fixed | {"target_experts": list(dict.fromkeys(options.target_experts))},
         "most_training": most_training,
         "solver": asdict(SolverOptions()),
-        "libraries": library_versions(),
     }
 
 

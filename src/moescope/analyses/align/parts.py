@@ -9,7 +9,6 @@
 KEY names everything that the numbers depend on, but for the layers and the source expert.
 """
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from moescope.alignment.capacity import Capacity
 from moescope.alignment.result import AlignmentResult
 from moescope.analyses.align.options import LayerPair
 from moescope.experts.adapter import Adapter
-from moescope.runs import Run, to_json, write_atomically
+from moescope.runs import Run, write_atomically
 
 PAIR = ["source_layer", "source_expert", "target_layer", "target_expert"]
 """Columns that name a pair of experts."""
@@ -52,10 +51,9 @@ class Parts:
         self.folder = folder
 
     @classmethod
-    def of(cls, run: Run, key: object) -> "Parts":
+    def of(cls, run: Run, key: Mapping[str, object]) -> "Parts":
         """The folder for everything that `key` names."""
-        digest = hashlib.sha256(to_json(key).encode()).hexdigest()[:12]
-        return cls(run.results_folder / "align" / digest)
+        return cls(run.parts_folder("align", key))
 
     def done(self, part: PartName, table: str) -> bool:
         """Whether a table of a source expert is there."""

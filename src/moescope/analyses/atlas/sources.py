@@ -6,7 +6,6 @@ KEY names everything that screening depends on, but for the imitated expert. Con
 one by one, where the other analyses find them too: see `moescope.analyses.fits`.
 """
 
-import hashlib
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -29,7 +28,7 @@ from moescope.analyses.atlas.selection import with_stages
 from moescope.analyses.atlas.tables import PAIR, joined
 from moescope.analyses.fits import Fits, Source, Target
 from moescope.models.view import MoELayer
-from moescope.runs import library_versions, to_json, write_atomically
+from moescope.runs import write_atomically
 
 SCREENING_VERSION = 1
 """Raised with every change of mathematics, so that nothing screened before it is reused."""
@@ -125,10 +124,8 @@ class Sources:
             "version": SCREENING_VERSION,
             "capture": self.fits.tokens.capture.digest,
             "options": options | {"least": self.options.survivors or 1},
-            "libraries": library_versions(),
         }
-        digest = hashlib.sha256(to_json(key).encode()).hexdigest()[:12]
-        return self.fits.material.run.results_folder / "atlas" / digest
+        return self.fits.material.run.parts_folder("atlas", key)
 
 
 def _shape(layer: MoELayer) -> Shape:

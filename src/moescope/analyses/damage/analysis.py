@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 from moescope.analyses.damage.findings import findings
 from moescope.analyses.damage.known import known_measures
-from moescope.analyses.damage.losses import Losses, folder_of, rows_in_turn
+from moescope.analyses.damage.losses import Losses, rows_in_turn
 from moescope.analyses.damage.options import DamageOptions
 from moescope.analyses.damage.tables import (
     by_kind,
@@ -82,7 +82,7 @@ def damage(material: Material, options: DamageOptions) -> Result:
         model=model,
         batches=batches,
         domains=material.capture.domains,
-        folder=folder_of(material.run, "damage", key),
+        folder=material.run.parts_folder("damage", key),
     )
     baseline = losses.of(BASELINE, nullcontext)
     assert baseline is not None

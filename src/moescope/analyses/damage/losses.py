@@ -3,7 +3,6 @@
 RUN/results/ANALYSIS/KEY/NAME.parquet
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -17,10 +16,10 @@ from torch import Tensor
 
 from moescope.corpora.packing import Batch, rows_holding
 from moescope.errors import ModelError, OptionError
-from moescope.evaluate.predictions import Targets, evaluating, forward, losses
-from moescope.evaluate.totals import Totals
+from moescope.evaluate.predictions import evaluating
+from moescope.evaluate.unpaired import summed_losses
 from moescope.models.view import MoEModel
-from moescope.runs import Run, library_versions, to_json, write_atomically
+from moescope.runs import write_atomically
 
 _TENSORS = ("input_ids", "attention_mask", "kept", "documents", "domains")
 Change = Callable[[], AbstractContextManager[None]]
@@ -59,20 +58,10 @@ class Losses:
         return pd.read_parquet(path)
 
     def _read(self, change: Change) -> pd.DataFrame:
-        totals = Totals(self.domains)
         with evaluating(self.model), change():
-            for batch in self.batches:
-                logits = forward(self.model, batch)
-                targets = Targets.of(batch, logits.device)
-                totals.add(targets, {"loss": losses(logits, targets)})
+            totals = summed_losses(self.model, self.batches, self.domains)
         _, documents = next(totals.by_domain())
         return documents.rename_axis(["domain", "document"]).reset_index()
-
-
-def folder_of(run: Run, analysis: str, key: Mapping[str, object]) -> Path:
-    """Where the parts of an analysis lie that rest on everything that `key` names."""
-    named = to_json({**key, "libraries": library_versions()})
-    return run.results_folder / analysis / hashlib.sha256(named.encode()).hexdigest()[:12]
 
 
 def rows_in_turn(

@@ -5,7 +5,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from moescope.analyses.align.options import experts_of
-from moescope.analyses.damage.losses import folder_of
 from moescope.analyses.fits import Source
 from moescope.analyses.material import Material
 from moescope.analyses.ood.findings import findings
@@ -163,4 +162,4 @@ def _folder(
         "max_train": options.max_train,
         "fits": asdict(targets.options),
     }
-    return folder_of(material.run, "ood", key)
+    return material.run.parts_folder("ood", key)

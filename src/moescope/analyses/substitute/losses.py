@@ -17,10 +17,10 @@ from moescope.analyses.fits import FITS_VERSION, Fits
 from moescope.analyses.substitute.options import SubstituteOptions
 from moescope.analyses.substitute.stand_ins import StandIn
 from moescope.corpora.packing import Batch, rows_holding
-from moescope.evaluate.predictions import Targets, evaluating, forward, losses
-from moescope.evaluate.totals import Totals
+from moescope.evaluate.predictions import evaluating
+from moescope.evaluate.unpaired import summed_losses
 from moescope.models.view import MoEModel
-from moescope.runs import library_versions, to_json, write_atomically
+from moescope.runs import write_atomically
 
 UNCHANGED = "unchanged"
 _LONGEST_NAME = 80
@@ -55,10 +55,8 @@ class Losses:
             "version": FITS_VERSION,
             "capture": material.capture.digest,
             "options": {name: value for name, value in asdict(options).items() if name in _KEY},
-            "libraries": library_versions(),
         }
-        digest = hashlib.sha256(to_json(key).encode()).hexdigest()[:12]
-        folder = material.run.results_folder / "substitute" / digest
+        folder = material.run.parts_folder("substitute", key)
         return cls(material.model, batches, corpus.domains, folder)
 
     def of_changed(self, stand_ins: Sequence[StandIn] = ()) -> pd.DataFrame:
@@ -91,15 +89,11 @@ class Losses:
         return self._known[path]
 
     def _measured(self, stand_ins: Sequence[StandIn]) -> pd.DataFrame:
-        totals = Totals(self.domains)
         with ExitStack() as stack:
             stack.enter_context(evaluating(self._model))
             for stand_in in stand_ins:
                 stack.enter_context(stand_in.enter())
-            for batch in self._batches:
-                logits = forward(self._model, batch)
-                targets = Targets.of(batch, logits.device)
-                totals.add(targets, {"loss": losses(logits, targets)})
+            totals = summed_losses(self._model, self._batches, self.domains)
         _, documents = next(totals.by_domain())
         return documents.rename_axis(index=_WHERE)
 

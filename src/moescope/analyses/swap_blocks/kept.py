@@ -5,7 +5,6 @@
 KEY names everything that the numbers depend on, but for the swap.
 """
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ import pandas as pd
 from jaxtyping import Int64
 
 from moescope.captures.places import Place
-from moescope.runs import Run, library_versions, to_json, write_atomically
+from moescope.runs import Run, write_atomically
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,9 +36,7 @@ class Kept:
     @classmethod
     def of(cls, run: Run, key: Mapping[str, object]) -> "Kept":
         """The folder for everything that `key` names."""
-        named = to_json({**key, "libraries": library_versions()})
-        digest = hashlib.sha256(named.encode()).hexdigest()[:12]
-        return cls(run.results_folder / "swaps" / digest)
+        return cls(run.parts_folder("swaps", key))
 
     def load(self, name: str) -> Measured | None:
         """What was saved under a name; None if nothing was."""
