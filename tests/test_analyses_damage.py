@@ -1,4 +1,4 @@
-from itertools import chain, combinations
+from itertools import combinations
 
 import numpy as np
 import pandas as pd
@@ -9,7 +9,6 @@ from scipy.stats import kstest, rankdata, spearmanr
 import models_zoo
 import moescope
 from moescope.analyses.align.tokens import held_out_documents
-from moescope.analyses.damage import losses as losses_module
 from moescope.analyses.damage.analysis import damage
 from moescope.analyses.damage.correlation import (
     Damage,
@@ -20,10 +19,10 @@ from moescope.analyses.damage.correlation import (
     rank_correlation,
 )
 from moescope.analyses.damage.findings import findings
-from moescope.analyses.damage.losses import rows_in_turn
 from moescope.analyses.damage.measures import linear_cka, mean_weights
 from moescope.analyses.damage.options import DamageOptions
 from moescope.analyses.damage.trials import draw_pairs, experts_of
+from moescope.analyses.losses import Losses
 from moescope.analyses.material import Material
 from moescope.corpora.packing import Packing
 from moescope.errors import ModelError, OptionError
@@ -159,7 +158,7 @@ def test_it_goes_on_where_it_was_interrupted(run, result, monkeypatch):
     def fail(*_):
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(losses_module.Losses, "_read", fail)
+    monkeypatch.setattr(Losses, "_measured", fail)
     again = damage(folder, model=model, corpus=text(), **OPTIONS)
     pd.testing.assert_frame_equal(again.table, result.table)
 
@@ -318,32 +317,6 @@ def test_linear_cka_is_that_of_its_definition():
     k, m = (centre @ v @ v.T @ centre for v in (one, other))
     expected = (k * m).sum() / (k.norm() * m.norm())
     assert linear_cka(one, other) == pytest.approx(float(expected), rel=1e-4)
-
-
-def test_documents_take_turns():
-    given = {"a": [[5] * 40, [6] * 8, [7] * 24]}
-    corpus = moescope.Corpus.from_token_ids(given, Packing(length=8, rows=2, packed=False))
-    chosen = torch.tensor([True, True, True])
-    numbers = [
-        batch.documents[:, 0].tolist()
-        for batch in rows_in_turn(corpus.batches(None), chosen, 20, rows=2)
-    ]
-    assert sorted(chain.from_iterable(numbers)) == [0, 1, 2]
-    every = rows_in_turn(corpus.batches(None), chosen, 10**9, rows=2)
-    assert sum(len(batch.input_ids) for batch in every) == 9
-    one = rows_in_turn(corpus.batches(None), torch.tensor([False, True, False]), 10**9, rows=2)
-    assert [batch.input_ids.tolist() for batch in one] == [[[6] * 8]]
-
-
-def test_domains_take_turns_too():
-    given = {"long": [[5] * 80, [6] * 80], "short": [[7] * 8] * 30}
-    corpus = moescope.Corpus.from_token_ids(given, Packing(length=8, rows=4, packed=False))
-    chosen = torch.ones(32, dtype=torch.bool)
-    found = rows_in_turn(corpus.batches(None), chosen, 7 * 12, rows=4)
-    domains = torch.cat([batch.domains[:, 0] for batch in found])
-    assert domains.bincount().tolist() == [6, 6]
-    documents = torch.cat([batch.documents[:, 0] for batch in found])[domains == 0]
-    assert documents.unique(return_counts=True)[1].tolist() == [3, 3]
 
 
 def test_pairs_of_one_draw_share_no_expert():

@@ -16,7 +16,6 @@ from moescope.alignment.options import FitOptions, SolverOptions
 from moescope.analyses import fits as fits_module
 from moescope.analyses.fits import Fits, Source, Target
 from moescope.analyses.material import Material
-from moescope.corpora.packing import rows_holding
 from moescope.errors import CorpusError, OptionError
 from moescope.models.observe import observe
 
@@ -220,36 +219,6 @@ def test_weights_of_another_width_do_not_stand_in(model):
     ):
         pass
     assert narrow.hidden_size != HIDDEN
-
-
-def test_rows_that_hold_chosen_documents():
-    corpus = small_corpus()
-    chosen = torch.zeros(45, dtype=torch.bool)
-    chosen[[3, 4, 20, 44]] = True
-    wanted, context = set(), set()
-    for batch in corpus.batches(None):
-        for r in range(len(batch.input_ids)):
-            kept = [
-                (int(d), int(i))
-                for d, i, k in zip(
-                    batch.documents[r], batch.input_ids[r], batch.kept[r], strict=True
-                )
-                if k and d in (3, 4, 20, 44)
-            ]
-            if kept:
-                wanted |= {(tuple(batch.input_ids[r].tolist()), tuple(kept))}
-                context |= set(batch.documents[r].tolist())
-    found, sizes = set(), []
-    for batch in rows_holding(corpus.batches(None), chosen, 2):
-        sizes.append(len(batch.input_ids))
-        for r in range(len(batch.input_ids)):
-            kept = zip(batch.documents[r], batch.input_ids[r], batch.kept[r], strict=True)
-            pairs = tuple((int(d), int(i)) for d, i, k in kept if k)
-            found |= {(tuple(batch.input_ids[r].tolist()), pairs)}
-    assert found == wanted
-    assert sum(sizes) == len(wanted)
-    assert set(sizes[:-1]) <= {2}
-    assert context > {3, 4, 20, 44}
 
 
 def test_losses_of_chosen_documents_are_theirs():

@@ -5,7 +5,7 @@ import torch
 
 import models_zoo
 import moescope
-from moescope.analyses.damage import losses as losses_module
+from moescope.analyses.losses import Losses
 from moescope.analyses.material import Material
 from moescope.analyses.ood import fits as fits_module
 from moescope.analyses.ood.analysis import ood
@@ -175,7 +175,7 @@ def test_it_goes_on_where_it_was_interrupted(run, result, monkeypatch):
         raise AssertionError("computed again")
 
     monkeypatch.setattr(fits_module, "fit_pairs", fail)
-    monkeypatch.setattr(losses_module.Losses, "_read", fail)
+    monkeypatch.setattr(Losses, "_measured", fail)
     again = ood(folder, model=model, corpus=text(), random=1, tokens=10_000, **PLANTED)
     pd.testing.assert_frame_equal(again.table, result.table)
     with pytest.raises(AssertionError, match="computed again"):

@@ -6,10 +6,9 @@ import torch
 import clusters_zoo
 import models_zoo
 import moescope
-from moescope.analyses.clusters.losses import HeldOutText, all_documents
-from moescope.analyses.clusters.sharing import entered
 from moescope.analyses.fits import Source
 from moescope.analyses.likeness import Likeness, chosen_experts, tokens_by_expert
+from moescope.analyses.losses import Losses, entered
 from moescope.analyses.reroute.analysis import reroute, rerouted
 from moescope.analyses.reroute.findings import findings
 from moescope.analyses.reroute.options import RerouteOptions
@@ -111,8 +110,8 @@ def test_losses_are_those_that_compare_finds(material, options):
     used = tokens_by_expert(fits.tokens, likeness.experts, held_out=False)
     tried = ways(fits, likeness, used, options)
     setting = next(s for s in tried if s[:2] == (SKIPPED, 2))
-    read = HeldOutText(fits, 200_000).read({setting: tried[setting].change}, "test")
-    found = all_documents(read[setting])
+    losses = Losses.held_out(fits, 200_000, "reroute", options.behind_losses)
+    found = losses.of("skipped", tried[setting].change)
     skipped = [(material.model.layer(e.layer), e.expert) for e in tried[setting].skipped]
     assert len(skipped) == 10
 

@@ -12,7 +12,7 @@ all on tokens set aside within the training documents. 0: each imitates the othe
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 
 import numpy as np
@@ -78,6 +78,11 @@ class LikenessOptions:
                 "held_out_share is not a share", got=self.held_out_share, expected="0 to 1"
             )
         self.fit_options()
+
+    @property
+    def behind_losses(self) -> dict[str, object]:
+        """Options that losses may depend on: all but those of their intervals."""
+        return {name: value for name, value in asdict(self).items() if name != "bootstrap"}
 
     def fit_options(self) -> FitOptions:
         """What of it concerns a single fit."""

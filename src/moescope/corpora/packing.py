@@ -1,6 +1,6 @@
 """Documents into rows of equal length, and rows of several domains into batches."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,9 +8,8 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from moescope.errors import CorpusError, OptionError
+from moescope.errors import OptionError
 
-_TENSORS = ("input_ids", "attention_mask", "kept", "documents", "domains")
 Span = tuple[int, Int64[np.ndarray, "_"]]
 """Consecutive tokens of one document: its running number and the token ids. No tokens mean that
 the document has ended."""
@@ -169,47 +168,3 @@ def collate(
         first_row=first_row,
         document_names=names,
     )
-
-
-def rows_holding(
-    batches: Iterable[Batch], documents: Bool[Tensor, " documents"], rows: int
-) -> Iterator[Batch]:
-    """The rows that hold tokens of chosen documents, gathered into batches again.
-
-    Only tokens of these documents are kept (`Batch.kept`); the others of their rows are context.
-
-    Args:
-        batches: A corpus.
-        documents: Which of its documents, by running number.
-        rows: Rows per batch.
-
-    Raises:
-        CorpusError: No token is of these documents, or there are more documents than are told of.
-    """
-    waiting, found = list[dict[str, Tensor]](), False
-    for batch in batches:
-        if int(batch.documents.max()) >= len(documents):
-            raise CorpusError(
-                "the text has more documents than were told chosen or not",
-                got=len(documents),
-                expected=f"more than {int(batch.documents.max())}",
-            )
-        chosen = documents[batch.documents.clamp_min(0)] & (batch.documents >= 0) & batch.kept
-        tensors = {name: getattr(batch, name) for name in _TENSORS} | {"kept": chosen}
-        waiting += [
-            {name: tensor[row] for name, tensor in tensors.items()}
-            for row in chosen.any(1).nonzero()[:, 0]
-        ]
-        found = found or bool(waiting)
-        while len(waiting) >= rows:
-            yield _gathered(waiting[:rows])
-            waiting = waiting[rows:]
-    if waiting:
-        yield _gathered(waiting)
-    if not found:
-        raise CorpusError("the text holds no token of the chosen documents")
-
-
-def _gathered(rows: Sequence[Mapping[str, Tensor]]) -> Batch:
-    tensors = {name: torch.stack([row[name] for row in rows]) for name in _TENSORS}
-    return Batch(**tensors, first_row=0, document_names={})

@@ -9,7 +9,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from moescope.corpora.corpus import Corpus
-from moescope.corpora.packing import Batch, rows_holding
+from moescope.corpora.packing import Batch
+from moescope.corpora.rows import rows_holding
 from moescope.errors import ModelError, OptionError
 from moescope.evaluate.predictions import Targets, evaluating, forward, require_decoder_only
 from moescope.evaluate.totals import (

@@ -1,7 +1,6 @@
 """Do experts of different layers fall into groups of one function, and can a group share one?"""
 
 from moescope.analyses.clusters.findings import findings
-from moescope.analyses.clusters.losses import HeldOutText
 from moescope.analyses.clusters.options import ClustersOptions
 from moescope.analyses.clusters.sharing import sizes, smaller_models
 from moescope.analyses.clusters.stability import stability_table
@@ -14,6 +13,7 @@ from moescope.analyses.clusters.tables import (
 )
 from moescope.analyses.fits import Fits
 from moescope.analyses.likeness import Likeness, chosen_experts, fitting_operations
+from moescope.analyses.losses import Losses
 from moescope.analyses.material import Material
 from moescope.analyses.registry import analysis
 from moescope.analyses.work import parameters_met
@@ -58,9 +58,8 @@ def clustered(fits: Fits, options: ClustersOptions) -> Result:
     cuts = cut_table(likeness, options)
     best = int(cuts.loc[cuts["best"], "clusters"].iloc[0])
     models = smaller_models(fits, likeness, options)
-    totals = HeldOutText(fits, options.tokens).read(
-        {setting: smaller.change for setting, smaller in models.items()}, "clusters: models"
-    )
+    losses = Losses.held_out(fits, options.tokens, "clusters", options.behind_losses)
+    totals = losses.of_all({s: smaller.change for s, smaller in models.items()}, "clusters: models")
     resampling = Resampling(resamples=options.bootstrap, seed=options.seed)
     tables = {
         "clusters": cuts,

@@ -1,74 +1,15 @@
-"""Losses of changed models on held-out documents, and their differences, paired by document."""
+"""Losses of changed models in tables and words: their rise, and differences between them."""
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import TypeVar
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
 from scipy.special import ndtr, ndtri
-from torch import Tensor
 
-from moescope.analyses.fits import Fits
-from moescope.corpora.packing import Batch, rows_holding
-from moescope.evaluate.predictions import Targets, evaluating, forward, losses
-from moescope.evaluate.totals import (
-    Resampling,
-    Totals,
-    counts,
-    difference_columns,
-    mean_columns,
-)
+from moescope.evaluate.totals import Resampling, counts, difference_columns, mean_columns
 from moescope.measures.multiple_tests import holm
-from moescope.models.view import MoEModel
-from moescope.progress import track
 
-Setting = TypeVar("Setting", bound=Hashable)
-Change = Callable[[], AbstractContextManager[object]]
-"""Makes a context manager that changes the model."""
 _NORMAL = float(ndtri(0.975))
-
-
-class HeldOutText:
-    """The held-out documents of a capture, read by the model as it is; kept in memory.
-
-    Args:
-        fits: Model, text, and which documents are held out.
-        tokens: Most tokens of text to read.
-
-    Raises:
-        CorpusError: None of the documents lies in that part of the text.
-        CaptureError: The text is another one than the captured, or cannot be found again.
-    """
-
-    def __init__(self, fits: Fits, tokens: int) -> None:
-        self.model = fits.material.model
-        corpus = fits.material.text(tokens)
-        self.domains = corpus.domains
-        batches = corpus.batches(self.model.tokenizer)
-        self._batches = list(rows_holding(batches, fits.tokens.held_out, corpus.packing.rows))
-        with evaluating(self.model):
-            self.unchanged = [_losses(self.model, batch)[1] for batch in self._batches]
-
-    def read(self, changes: Mapping[Setting, Change], description: str) -> dict[Setting, Totals]:
-        """Sums per document of `loss`, in nats, and `difference`, from the model as it is."""
-        found = dict[Setting, Totals]()
-        with evaluating(self.model):
-            for setting, change in track(changes.items(), description):
-                found[setting] = Totals(self.domains)
-                with change():
-                    for batch, before in zip(self._batches, self.unchanged, strict=True):
-                        targets, after = _losses(self.model, batch)
-                        values = {"loss": after, "difference": after - before}
-                        found[setting].add(targets, values)
-        return found
-
-
-def _losses(model: MoEModel, batch: Batch) -> tuple[Targets, Float[Tensor, " counted"]]:
-    logits = forward(model, batch)
-    targets = Targets.of(batch, logits.device)
-    return targets, losses(logits, targets)
 
 
 def loss_columns(documents: pd.DataFrame, resampling: Resampling) -> dict[str, object]:
@@ -78,11 +19,6 @@ def loss_columns(documents: pd.DataFrame, resampling: Resampling) -> dict[str, o
         **difference_columns(documents, "difference", resampling),
         **counts(documents, resampling),
     }
-
-
-def all_documents(totals: Totals) -> pd.DataFrame:
-    """Sums of each document of every domain."""
-    return next(totals.by_domain())[1]
 
 
 def paired_columns(

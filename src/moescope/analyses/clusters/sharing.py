@@ -1,19 +1,18 @@
 """Models in which clusters of experts share one: who leaves, and what computes its tokens."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
-from moescope.analyses.clusters.losses import Change
 from moescope.analyses.clusters.merging import merged_experts
 from moescope.analyses.clusters.options import ClustersOptions
 from moescope.analyses.clusters.tree import apart, labels_of, representatives, tree_of
 from moescope.analyses.fits import Fits, Source, Target
 from moescope.analyses.likeness import Likeness, expert_parameters
+from moescope.analyses.losses import Change, entered
 from moescope.interventions import replace_output, substitute
 
 DEPTH, WITHIN, RANDOM = "clusters of all layers", "clusters within layers", "random clusters"
@@ -104,15 +103,6 @@ def behind_adapters(fits: Fits, likeness: Likeness, leaving: Mapping[Source, Sou
         parameters=adapters + _of_rest(fits, likeness.experts, leaving),
         change=lambda: entered([fits.substituting(each) for each in fitted]),
     )
-
-
-@contextmanager
-def entered(changes: Sequence[AbstractContextManager[None]]) -> Iterator[None]:
-    """All of them, as one."""
-    with ExitStack() as stack:
-        for change in changes:
-            stack.enter_context(change)
-        yield
 
 
 def _linear(fits: Fits, experts: Sequence[Source], leaving: Sequence[Source]) -> Smaller:

@@ -6,12 +6,7 @@ import numpy as np
 import pandas as pd
 from scipy.cluster.hierarchy import leaves_list
 
-from moescope.analyses.clusters.losses import (
-    all_documents,
-    judged,
-    loss_columns,
-    paired_columns,
-)
+from moescope.analyses.clusters.losses import judged, loss_columns, paired_columns
 from moescope.analyses.clusters.options import ClustersOptions
 from moescope.analyses.clusters.sharing import DEPTH, RANDOM, Setting, Smaller
 from moescope.analyses.clusters.tree import (
@@ -24,7 +19,8 @@ from moescope.analyses.clusters.tree import (
 )
 from moescope.analyses.fits import Fits
 from moescope.analyses.likeness import Likeness, expert_parameters, tokens_by_expert
-from moescope.evaluate.totals import Resampling, Totals
+from moescope.analyses.losses import by_domain
+from moescope.evaluate.totals import Resampling
 
 
 def cut_table(likeness: Likeness, options: ClustersOptions) -> pd.DataFrame:
@@ -119,33 +115,32 @@ def shared_table(
     fits: Fits,
     likeness: Likeness,
     models: Mapping[Setting, Smaller],
-    totals: Mapping[Setting, Totals],
+    totals: Mapping[Setting, pd.DataFrame],
     resampling: Resampling,
 ) -> pd.DataFrame:
     """Loss and its rise by variant, size, draw and domain, beside the parameters of the experts."""
     whole = expert_parameters(fits.material.model, likeness.experts)
     rows = []
-    for setting, total in totals.items():
+    for setting, sums in totals.items():
         smaller = models[setting]
-        for domain, documents in total.by_domain():
+        for domain, documents in by_domain(sums).items():
             row = setting._asdict() | {"experts": smaller.experts, "domain": domain}
             row |= {"parameters": smaller.parameters, "of_parameters": smaller.parameters / whole}
             rows.append(row | loss_columns(documents, resampling))
     return pd.DataFrame(rows)
 
 
-def against_table(totals: Mapping[Setting, Totals], resampling: Resampling) -> pd.DataFrame:
+def against_table(totals: Mapping[Setting, pd.DataFrame], resampling: Resampling) -> pd.DataFrame:
     """By how much the loss with clusters of all layers lies above that of each other variant.
 
     Paired by document, on all domains; random clusters are one, the mean of their draws.
     """
-    sums = {setting: all_documents(total) for setting, total in totals.items()}
     rows = []
-    for setting, own in sums.items():
+    for setting, own in totals.items():
         if setting.variant != DEPTH:
             continue
-        for variant in dict.fromkeys(s.variant for s in sums if s.variant != DEPTH):
-            others = [d for s, d in sums.items() if s[:2] == (variant, setting.kept)]
+        for variant in dict.fromkeys(s.variant for s in totals if s.variant != DEPTH):
+            others = [d for s, d in totals.items() if s[:2] == (variant, setting.kept)]
             if others:
                 row = {"kept": setting.kept, "versus": variant, "draws": len(others)}
                 each = [other["difference"].sum() / own["tokens"].sum() for other in others]

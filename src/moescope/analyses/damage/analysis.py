@@ -1,11 +1,13 @@
 """Which measure of experts foretells what their removal, swap or replacement costs."""
 
-from contextlib import nullcontext
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
+
+import pandas as pd
 
 from moescope.analyses.damage.findings import findings
 from moescope.analyses.damage.known import known_measures
-from moescope.analyses.damage.losses import Losses, rows_in_turn
 from moescope.analyses.damage.options import DamageOptions
 from moescope.analyses.damage.tables import (
     by_kind,
@@ -13,14 +15,15 @@ from moescope.analyses.damage.tables import (
     correlation_tables,
     reliability_table,
 )
-from moescope.analyses.damage.trials import change, draw_pairs, experts_of, trials
+from moescope.analyses.damage.trials import Trial, change, draw_pairs, experts_of, trials
 from moescope.analyses.fits import Fits
+from moescope.analyses.losses import Losses
 from moescope.analyses.material import Material
 from moescope.analyses.registry import analysis
 from moescope.analyses.work import parameters_met
 from moescope.corpora.packing import Batch
-from moescope.errors import CaptureError
-from moescope.evaluate.paired import BASELINE
+from moescope.corpora.rows import rows_in_turn
+from moescope.errors import ModelError, OptionError
 from moescope.evaluate.predictions import require_decoder_only
 from moescope.evaluate.totals import Resampling
 from moescope.models.view import MoEModel
@@ -84,16 +87,9 @@ def damage(material: Material, options: DamageOptions) -> Result:
         domains=material.capture.domains,
         folder=material.run.parts_folder("damage", key),
     )
-    baseline = losses.of(BASELINE, nullcontext)
-    assert baseline is not None
     planned = trials(experts, pairs, model)
-    found = {}
-    for trial in track(planned, "damage: losses"):
-        made = change(trial, fits)
-        sums = None if made is None else losses.of(trial.name, made)
-        if sums is not None:
-            found[trial] = sums
-    measured = by_kind(planned, found, baseline, known)
+    found = _made(planned, fits, losses)
+    measured = by_kind(planned, found, known)
     correlations, differences = correlation_tables(measured, options.seed)
     tables = {
         "damage": correlations,
@@ -111,24 +107,23 @@ def damage(material: Material, options: DamageOptions) -> Result:
     )
 
 
-def _rows(fits: Fits, tokens: int, *, held_out: bool) -> list[Batch]:
-    """Some rows of the held-out documents, or of the others.
+def _made(planned: Sequence[Trial], fits: Fits, losses: Losses) -> dict[Trial, pd.DataFrame]:
+    """Losses of the changes that can be made."""
+    found = {}
+    for trial in track(planned, "damage: losses"):
+        if (made := change(trial, fits)) is not None:
+            with suppress(ModelError, OptionError):
+                found[trial] = losses.of(trial.name, made)
+    return found
 
-    Raises:
-        CaptureError: There are none.
-    """
+
+def _rows(fits: Fits, tokens: int, *, held_out: bool) -> list[Batch]:
+    """Some rows of the held-out documents, or of the others."""
     model, corpus = fits.material.model, fits.material.text(_EVERYTHING)
     held = fits.tokens.held_out
-    batches = rows_in_turn(
+    return rows_in_turn(
         corpus.batches(model.tokenizer),
         held if held_out else ~held,
         tokens,
         corpus.packing.rows,
     )
-    if not batches:
-        raise CaptureError(
-            "no document is held out: losses need documents that nothing else is measured on",
-            expected="at least 2 documents in a domain",
-            remedy="Capture more documents",
-        )
-    return batches

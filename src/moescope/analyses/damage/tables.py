@@ -211,7 +211,6 @@ def _halves(
 def by_kind(
     trials: Sequence[Trial],
     losses: Mapping[Trial, pd.DataFrame],
-    baseline: pd.DataFrame,
     known: Mapping[Kind, pd.DataFrame],
 ) -> list[Measured]:
     """What was measured, by kind of change; changes that could not be made are left out.
@@ -219,7 +218,6 @@ def by_kind(
     Args:
         trials: All of them.
         losses: Sums by document of those that could be made.
-        baseline: The same of the model as it is.
         known: Measures of all trials of a kind, in their order.
     """
     found = []
@@ -228,14 +226,13 @@ def by_kind(
         made = [number for number, trial in enumerate(own) if trial in losses]
         if len(made) < _FEWEST:
             continue
-        before = baseline["loss"].to_numpy()
-        rises = [losses[own[number]]["loss"].to_numpy() - before for number in made]
+        frames = [losses[own[number]] for number in made]
         found.append(
             Measured(
                 kind=kind,
                 trials=[own[number] for number in made],
-                documents=baseline[["domain", "tokens"]],
-                rises=np.stack(rises, axis=1),
+                documents=frames[0].reset_index()[["domain", "tokens"]],
+                rises=np.stack([frame["difference"].to_numpy() for frame in frames], axis=1),
                 measures=known[kind].iloc[made].reset_index(drop=True),
             )
         )

@@ -6,8 +6,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from moescope.analyses.damage.losses import Change
 from moescope.analyses.fits import Fits, Source, Target
+from moescope.analyses.losses import Change
 from moescope.errors import MoEScopeError
 from moescope.interventions import mask_experts, replace_output, swap_experts
 from moescope.models.alike import require_alike

@@ -1,7 +1,6 @@
 """The loss with adapters trained on one domain in the place of an expert, by document."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -9,12 +8,12 @@ import pandas as pd
 from jaxtyping import Int64
 from torch import Tensor
 
-from moescope.analyses.damage.losses import Change, Losses, rows_in_turn
+from moescope.analyses.losses import Change, Losses
 from moescope.analyses.material import Material
 from moescope.analyses.ood.fits import Kind, Targets, Trained
 from moescope.analyses.ood.split import HALVES
 from moescope.corpora.corpus import RESERVED_DOMAIN
-from moescope.evaluate.paired import BASELINE
+from moescope.corpora.rows import rows_in_turn
 from moescope.experts.adapter import Adapter
 from moescope.interventions import replace_output, substitute
 from moescope.progress import track
@@ -39,21 +38,14 @@ def substituted(
     """
     frames = []
     for tested in HALVES:
-        folder = trained[0].folder / f"losses-{tokens}"
+        folder = trained[0].folder / f"losses-{tokens}-half{tested}"
         losses = _losses(material, targets.half, tested, tokens // len(HALVES), folder)
-        before = losses.of(f"half{tested}-{BASELINE}", nullcontext)
-        assert before is not None
         own = [one for one in trained if one.tested == tested]
         planned = [change for one in own for change in _changes(material, one, targets, domains)]
         for columns, change in track(planned, "ood: losses"):
-            name = "-".join([f"half{tested}", *columns.values()])
-            after = losses.of(name, change)
-            if after is not None:
-                frame = after.assign(**columns, rise=after["loss"] - before["loss"])
-                frames.append(frame)
-    names = dict(enumerate(material.capture.domains))
-    found = pd.concat(frames, ignore_index=True)
-    found["tested_on"] = found["domain"].map(names)
+            frames.append(losses.of("-".join(columns.values()), change).assign(**columns))
+    found = pd.concat(frames).reset_index()
+    found = found.rename(columns={"domain": "tested_on", "difference": "rise"})
     kept = ["source", "adapter", "trained_on", "tested_on", "document", "tokens", "rise"]
     return found.loc[found["tested_on"].isin(domains), kept]
 

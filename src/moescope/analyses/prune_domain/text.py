@@ -9,11 +9,10 @@ from torch import Tensor
 
 from moescope.corpora.corpus import Corpus
 from moescope.corpora.packing import Batch
+from moescope.corpora.rows import batched, joined
 from moescope.corpora.tokens import Tokenizer
 from moescope.errors import CorpusError
 from moescope.progress import track
-
-_TENSORS = ("input_ids", "attention_mask", "kept", "documents", "domains")
 
 
 def halves(corpus: Corpus, tokenizer: Tokenizer | None, seed: int) -> list[list[Batch]]:
@@ -31,8 +30,7 @@ def halves(corpus: Corpus, tokenizer: Tokenizer | None, seed: int) -> list[list[
     Raises:
         CorpusError: The text cannot be read, or a domain cannot be split.
     """
-    batches = list(track(corpus.batches(tokenizer), "prune-domain: reading"))
-    rows = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in _TENSORS}
+    rows = joined(track(corpus.batches(tokenizer), "prune-domain: reading"))
     text = rows["documents"] >= 0
     second = _second_half(rows["documents"][text], rows["domains"][text], corpus.domains, seed)
     in_second = second[rows["documents"].clamp_min(0)]
@@ -41,16 +39,7 @@ def halves(corpus: Corpus, tokenizer: Tokenizer | None, seed: int) -> list[list[
     for half in range(2):
         own = holds[half] & ~holds[1 - half]
         _require_domains(rows["domains"][own][rows["kept"][own]], corpus.domains)
-        split.append(
-            [
-                Batch(
-                    **{name: tensor[some] for name, tensor in rows.items()},
-                    first_row=0,
-                    document_names={},
-                )
-                for some in torch.split(own.nonzero()[:, 0], corpus.packing.rows)
-            ]
-        )
+        split.append(batched(rows, own.nonzero()[:, 0], corpus.packing.rows))
     return split
 
 

@@ -1,6 +1,5 @@
 """What does a model lose if a token goes to the most similar expert that happens to be at hand?"""
 
-from moescope.analyses.clusters.losses import HeldOutText
 from moescope.analyses.fits import Fits
 from moescope.analyses.likeness import (
     Likeness,
@@ -8,6 +7,7 @@ from moescope.analyses.likeness import (
     fitting_operations,
     tokens_by_expert,
 )
+from moescope.analyses.losses import Losses
 from moescope.analyses.material import Material
 from moescope.analyses.registry import analysis
 from moescope.analyses.reroute.findings import findings
@@ -52,9 +52,8 @@ def rerouted(fits: Fits, options: RerouteOptions) -> Result:
     likeness = Likeness.of(fits, chosen_experts(fits.material.model, options))
     learned = tokens_by_expert(fits.tokens, likeness.experts, held_out=False)
     tried = ways(fits, likeness, learned, options)
-    totals = HeldOutText(fits, options.tokens).read(
-        {setting: way.change for setting, way in tried.items()}, "reroute: ways"
-    )
+    losses = Losses.held_out(fits, options.tokens, "reroute", options.behind_losses)
+    totals = losses.of_all({s: way.change for s, way in tried.items()}, "reroute: ways")
     resampling = Resampling(resamples=options.bootstrap, seed=options.seed)
     used = tokens_by_expert(fits.tokens, likeness.experts, held_out=True)
     threshold = options.thresholds[0]

@@ -4,22 +4,18 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-from moescope.analyses.clusters.losses import (
-    all_documents,
-    judged,
-    loss_columns,
-    paired_columns,
-)
+from moescope.analyses.clusters.losses import judged, loss_columns, paired_columns
 from moescope.analyses.fits import Fits, Source
 from moescope.analyses.likeness import Likeness, expert_parameters
+from moescope.analyses.losses import by_domain
 from moescope.analyses.reroute.ways import ANY_LAYER, RANDOM, Setting, Way
-from moescope.evaluate.totals import Resampling, Totals
+from moescope.evaluate.totals import Resampling
 
 
 def reroute_table(
     fits: Fits,
     ways: Mapping[Setting, Way],
-    totals: Mapping[Setting, Totals],
+    totals: Mapping[Setting, pd.DataFrame],
     used: Mapping[Source, int],
     resampling: Resampling,
 ) -> pd.DataFrame:
@@ -39,7 +35,7 @@ def reroute_table(
     """
     whole, slots = expert_parameters(fits.material.model, list(used)), max(sum(used.values()), 1)
     rows = []
-    for setting, total in totals.items():
+    for setting, sums in totals.items():
         way = ways[setting]
         absent = [*way.rerouted, *way.skipped]
         saved = expert_parameters(fits.material.model, absent)
@@ -51,13 +47,13 @@ def reroute_table(
             "extra_parameters": way.parameters,
             "of_parameters": (whole - saved + way.parameters) / whole,
         }
-        for domain, documents in total.by_domain():
+        for domain, documents in by_domain(sums).items():
             rows.append(about | {"domain": domain} | loss_columns(documents, resampling))
     return pd.DataFrame(rows)
 
 
 def against_table(
-    totals: Mapping[Setting, Totals], threshold: float, resampling: Resampling
+    totals: Mapping[Setting, pd.DataFrame], threshold: float, resampling: Resampling
 ) -> pd.DataFrame:
     """By how much the loss with rerouting to any layer lies above that of each other way.
 
@@ -68,13 +64,12 @@ def against_table(
         threshold: Which of the thresholds is compared.
         resampling: Of the intervals.
     """
-    sums = {setting: all_documents(total) for setting, total in totals.items()}
     rows = []
-    for setting, own in sums.items():
+    for setting, own in totals.items():
         if (setting.way, setting.threshold) != (ANY_LAYER, threshold):
             continue
-        for way in dict.fromkeys(s.way for s in sums if s.way != ANY_LAYER):
-            others = [d for s, d in sums.items() if s[:2] == (way, setting.resident)]
+        for way in dict.fromkeys(s.way for s in totals if s.way != ANY_LAYER):
+            others = [d for s, d in totals.items() if s[:2] == (way, setting.resident)]
             if others:
                 row = {"resident": setting.resident, "versus": way, "draws": len(others)}
                 each = [other["difference"].sum() / own["tokens"].sum() for other in others]

@@ -7,10 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moescope.analyses.clusters.losses import Change
-from moescope.analyses.clusters.sharing import entered
 from moescope.analyses.fits import Fits, Fitted, Source, Target
 from moescope.analyses.likeness import Likeness
+from moescope.analyses.losses import Change, entered
 from moescope.analyses.reroute.options import RerouteOptions
 from moescope.analyses.reroute.residents import resident_numbers, residents
 from moescope.interventions import Expert, mask_experts, replace_output, substitute

@@ -1,12 +1,12 @@
 """Experts taken out, and experts of other layers in their place behind adapters (MoE Align)."""
 
 from moescope.analyses.fits import Fits
+from moescope.analyses.losses import Losses
 from moescope.analyses.material import Material
 from moescope.analyses.registry import analysis
 from moescope.analyses.substitute.cost import operations
 from moescope.analyses.substitute.curve import curve_table, reach_table
 from moescope.analyses.substitute.findings import findings
-from moescope.analyses.substitute.losses import Losses
 from moescope.analyses.substitute.options import SubstituteOptions
 from moescope.analyses.substitute.removal import sizes_of
 from moescope.analyses.substitute.sources import sources_of
@@ -50,7 +50,7 @@ def substitute(material: Material, options: SubstituteOptions) -> Result:
         source: choices_of(fits, source, options)
         for source in track(sources, "substitute: adapters", total=len(sources))
     }
-    losses = Losses.of(first, options)
+    losses = Losses.held_out(first, options.tokens, "substitute", options.behind_losses)
     chosen = {
         source: {kind: stand_ins[0] for kind, stand_ins in each.items()}
         for source, each in choices.items()

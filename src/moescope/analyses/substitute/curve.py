@@ -6,10 +6,10 @@ from typing import Any
 import pandas as pd
 
 from moescope.analyses.fits import Source
-from moescope.analyses.substitute.losses import Losses
+from moescope.analyses.losses import Losses
 from moescope.analyses.substitute.removal import Gone, removals, tried_counts
 from moescope.analyses.substitute.sources import decoder_layers
-from moescope.analyses.substitute.stand_ins import By, Choices, Kind
+from moescope.analyses.substitute.stand_ins import By, Choices, Kind, losses_with
 from moescope.evaluate.totals import Resampling, counts, difference_columns, mean_columns
 from moescope.models.view import MoEModel
 from moescope.progress import track
@@ -43,7 +43,7 @@ def curve_table(
         routed experts; loss, difference from the model as it is, and rise, rise_low, rise_high,
         that as a share of the loss of the model as it is.
     """
-    unchanged = losses.of_changed()
+    unchanged = losses.unchanged
     total = _routed_parameters(model)
     before = unchanged["loss"].sum() / unchanged["tokens"].sum()
     rows = []
@@ -53,7 +53,7 @@ def curve_table(
         for gone in removals(possible, sizes):
             if len(gone) not in tried:
                 continue
-            documents = losses.of_changed(list(gone.values()))
+            documents = losses_with(losses, list(gone.values()))
             row = {name: getattr(kind, name) for name in _KIND} | _saved(model, gone, total)
             row |= mean_columns(documents, ["loss"], resampling)
             change = difference_columns(documents, "difference", resampling)

@@ -78,6 +78,12 @@ class SubstituteOptions:
         if not self.tune_rate > 0:
             raise OptionError("tune_rate trains nothing", got=self.tune_rate, expected="above 0")
 
+    @property
+    def behind_losses(self) -> dict[str, object]:
+        """Options that losses depend on, but for what is taken out and what stands in for it."""
+        names = ("rank", "held_out_share", "max_tokens", "tokens", "seed")
+        return {name: getattr(self, name) for name in names}
+
     def fit_options(self, form: AdapterForm) -> FitOptions:
         """How adapters of a form are fitted; random experts are fitted as targets of their own."""
         return FitOptions(form=form, rank=self.rank, controls=False, seed=self.seed)

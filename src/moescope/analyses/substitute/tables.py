@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 
 from moescope.analyses.fits import Source
-from moescope.analyses.substitute.losses import Losses
-from moescope.analyses.substitute.stand_ins import By, Kind, StandIn
+from moescope.analyses.losses import Losses, by_domain
+from moescope.analyses.substitute.stand_ins import By, Kind, StandIn, losses_with
 from moescope.evaluate.totals import Resampling, counts, difference_columns, mean_columns
 from moescope.measures.bootstrap import FEWEST_UNITS
 from moescope.measures.decisions import zero_mean_p_value
@@ -52,7 +52,7 @@ class Measured:
         """
         sources = self.chosen if source is None else [source]
         kinds = self.draws(kind)
-        frames = [self.losses.of_changed([self.chosen[s][k]]) for s in sources for k in kinds]
+        frames = [losses_with(self.losses, [self.chosen[s][k]]) for s in sources for k in kinds]
         mean: pd.DataFrame = sum(frames[1:], frames[0]) / len(frames)
         return mean
 
@@ -78,11 +78,11 @@ def loss_table(measured: Measured, resampling: Resampling) -> pd.DataFrame:
         for kind in _with_means(measured.kinds):
             facts = _facts(measured, source, kind)
             sums = measured.sums(source, kind)
-            for domain, documents in measured.losses.by_domain(sums).items():
+            for domain, documents in by_domain(sums).items():
                 row = facts | {"domain": domain}
                 row |= mean_columns(documents, ["loss"], resampling)
                 row |= difference_columns(documents, "difference", resampling)
-                lost = measured.losses.by_domain(zero)[domain]["difference"].sum()
+                lost = by_domain(zero)[domain]["difference"].sum()
                 row["of_zero"] = documents["difference"].sum() / lost if lost > 0 else np.nan
                 rows.append(row | counts(documents, resampling))
     return pd.DataFrame(rows).astype({"draw": "Int64"})

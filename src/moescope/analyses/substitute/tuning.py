@@ -13,7 +13,8 @@ from moescope.alignment.randomness import generator
 from moescope.analyses.fits import Fits
 from moescope.analyses.substitute.options import SubstituteOptions
 from moescope.analyses.substitute.stand_ins import StandIn
-from moescope.corpora.packing import Batch, rows_holding
+from moescope.corpora.packing import Batch
+from moescope.corpora.rows import rows_holding
 from moescope.evaluate.predictions import Targets, forward, losses
 from moescope.experts.adapter import Adapter
 from moescope.models.view import MoEModel
