@@ -6,6 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+)
 
 import deviants_zoo
 import families_zoo
@@ -14,6 +20,7 @@ from moescope.errors import ModelError
 from moescope.models.discover import dense_layers, moe_layers
 from moescope.models.load import load
 from moescope.models.on_disk import in_memory, on_disk
+from moescope.models.stacking import StackedBeside, without_copies
 from test_models_families import BUILDERS
 from test_models_offload_families import NOT_READ_ALONE
 
@@ -145,6 +152,30 @@ def test_the_fingerprint_is_that_of_the_weights(tmp_path):
         models_zoo.build("mixtral", seed=seed).save_pretrained(tmp_path / name)
     one, same, other = (on_disk(tmp_path / n).fingerprint for n in ("one", "same", "other"))
     assert one == same != other
+
+
+def test_experts_are_stacked_as_transformers_stacks_them():
+    generator = torch.Generator().manual_seed(0)
+    names = ["gate", "up"]
+    tensors = {
+        name: [torch.randn(rows, 4, generator=generator) for _ in range(5)]
+        for name, rows in zip(names, (6, 3), strict=True)
+    }
+    patterns = {"source_patterns": names, "target_patterns": ["both"]}
+    stacked = MergeModulelist(dim=0).convert(dict(tensors), **patterns)
+    expected = Concatenate(dim=1).convert(stacked, **patterns)["both"]
+    found = StackedBeside().convert(dict(tensors), **patterns)
+    assert found.keys() == {"both"}
+    assert torch.equal(found["both"], expected)
+
+
+def test_conversions_of_transformers_stay_as_they_are():
+    both = WeightConverter(["a", "b"], "c", operations=[MergeModulelist(dim=0), Concatenate(dim=1)])
+    other = WeightConverter(["a", "b"], "c", operations=[Concatenate(dim=1)])
+    lean = without_copies([both, other, WeightRenaming("d", "e")])
+    assert [type(op) for op in lean[0].operations] == [StackedBeside]
+    assert [type(op) for op in lean[1].operations] == [Concatenate]
+    assert [type(op) for op in both.operations] == [MergeModulelist, Concatenate]
 
 
 @pytest.mark.slow

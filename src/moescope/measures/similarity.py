@@ -16,6 +16,8 @@ Matrices = Sequence[Float[Tensor, "_ hidden"]]
 
 _VALUES_AT_ONCE = 1 << 19
 """Of all experts together: 2 MiB, as larger pieces that come and go leave memory in pieces."""
+_ROWS_AT_ONCE = 128
+"""Of one expert, where its sum is taken in double precision."""
 
 
 def inner_products(one: Matrices, other: Matrices) -> Float64[Tensor, "experts others"]:
@@ -66,7 +68,15 @@ def centred(rows: Float64[Tensor, "experts hidden"]) -> Float64[Tensor, "experts
 
 def neuron_means(experts: Matrices) -> Float64[Tensor, "experts hidden"]:
     """Mean over the neurons of each expert (A Closer Look into MoE, averaging)."""
-    return torch.stack([matrix.double().mean(0).cpu() for matrix in experts])
+    return torch.stack([_sum_of_rows(matrix) / len(matrix) for matrix in experts])
+
+
+def _sum_of_rows(matrix: Float[Tensor, "neurons hidden"]) -> Float64[Tensor, " hidden"]:
+    """In double precision a few rows at a time, as a whole copy would take twice the memory."""
+    total = torch.zeros(matrix.shape[1], dtype=torch.float64)
+    for rows in torch.split(matrix, _ROWS_AT_ONCE):
+        total += rows.sum(0, dtype=torch.float64).cpu()
+    return total
 
 
 def components(
@@ -87,13 +97,13 @@ def neuron_covariance(experts: Matrices) -> Float64[Tensor, "hidden hidden"]:
     """Covariance of the neurons of all experts together, as points in the hidden space."""
     hidden = experts[0].shape[1]
     products = torch.zeros(hidden, hidden, dtype=torch.float64)
-    total = torch.zeros(hidden, dtype=torch.float64)
+    gram = torch.empty(hidden, hidden, device=experts[0].device)
     for matrix in experts:
         rows = matrix.float()
-        products += (rows.mT @ rows).double().cpu()
-        total += rows.sum(0, dtype=torch.float64).cpu()
+        products += torch.mm(rows.mT, rows, out=gram).cpu()
+    total = torch.stack([_sum_of_rows(matrix) for matrix in experts]).sum(0)
     number = sum(len(matrix) for matrix in experts)
-    return products / number - torch.outer(total, total) / number**2
+    return products.div_(number).addr_(total, total, alpha=-1 / number**2)
 
 
 def dimensions(covariance: Float64[Tensor, "hidden hidden"]) -> float:

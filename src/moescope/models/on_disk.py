@@ -27,6 +27,7 @@ from moescope.models.discover import dense_layers, moe_layers
 from moescope.models.load import auto_class, bars_on_terminals_only
 from moescope.models.offload import resident
 from moescope.models.ported import deepseek
+from moescope.models.stacking import without_copies
 from moescope.models.view import MoELayer, MoEModel
 
 _SAMPLED_BYTES = 4096
@@ -128,7 +129,7 @@ class _Shards:
     """Which tensors of a checkpoint become the parameters of which module."""
 
     def __init__(self, model: PreTrainedModel, shards: list[Path]) -> None:
-        self.conversions: list[Any] = get_model_conversion_mapping(model)
+        self.conversions: list[Any] = without_copies(get_model_conversion_mapping(model))
         renamings = [c for c in self.conversions if isinstance(c, WeightRenaming)]
         converters = [c for c in self.conversions if isinstance(c, WeightConverter)]
         expected = model.state_dict()
