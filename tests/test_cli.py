@@ -4,10 +4,12 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 
 import pandas as pd
 import pytest
 
+from moescope.__main__ import main as command
 from moescope.cli import commands, main
 from moescope.runs import Run
 
@@ -106,6 +108,13 @@ def test_a_dry_run_of_neither_a_run_nor_a_model_says_so(tmp_path, capsys):
 def test_a_command_may_be_two_words(words, tmp_path, capsys):
     assert main([*words, str(tmp_path)]) == 1
     assert "holds no capture" in capsys.readouterr().err
+
+
+def test_the_version_needs_nothing_of_what_commands_need(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["moescope", "--version"])
+    monkeypatch.setitem(sys.modules, "moescope.cli", None)  # importing it would fail
+    assert command() == 0
+    assert capsys.readouterr().out == f"moescope {version('moescope')}\n"
 
 
 def test_every_command_has_help(capsys):

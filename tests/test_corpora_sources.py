@@ -170,6 +170,7 @@ def test_a_wrong_source_is_refused_at_once(tmp_path, monkeypatch, spec, message)
         ("a.csv:text", "body,txt\n1,2\n", "unknown field.*Did you mean 'txt'"),
         ("a.csv:b", "a,b\n1\n", "line 2 has another number of columns"),
         ("a.csv:a", 'a\n"x" y\n', "line 2 is not a row"),
+        ("a.csv:a", "a,b,a\n1,2,3\n", "several columns of one name. Got: 2 columns 'a'"),
         ("a.txt:lines", b"good\nbad \xe9\n", "line 2 is not UTF-8"),
     ],
 )

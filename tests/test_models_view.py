@@ -45,6 +45,14 @@ def test_expert_outputs_are_those_of_the_module_with_one_expert(
     assert not torch.allclose(outputs[0], outputs[1], atol=1e-2)  # experts do differ
 
 
+def test_rows_beyond_the_context_are_refused():
+    model = load(build("mixtral"))
+    assert model.context_length == 64
+    model.forward(torch.zeros(2, 64, dtype=torch.long))
+    with pytest.raises(ModelError, match=r"Got: 65\. Expected: at most 64"):
+        model.forward(torch.zeros(2, 65, dtype=torch.long))
+
+
 def test_no_tokens_and_no_experts():
     layer = load(build("mixtral")).layers[0]
     assert layer.expert_outputs(inputs(0), [1, 2]).shape == (2, 0, HIDDEN)

@@ -107,6 +107,7 @@ class TableSource:
             reader = csv.reader(lines, strict=True)
         try:
             header: list[str] = next(reader, [])
+            self._require_once(header)
             for cells in reader:
                 if cells:
                     yield self._document(header, cells, reader.line_num)
@@ -116,6 +117,14 @@ class TableSource:
                 got=error,
                 remedy="Check the quotes from this line upwards",
             ) from error
+
+    def _require_once(self, header: list[str]) -> None:
+        if header.count(self.column) > 1:
+            raise CorpusError(
+                f"{self.path} has several columns of one name",
+                got=f"{header.count(self.column)} columns {self.column!r}",
+                remedy="Rename all but the one that holds the text",
+            )
 
     def _document(self, header: list[str], cells: list[str], line: int) -> Document:
         where = f"{self.path}, line {line}"

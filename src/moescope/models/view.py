@@ -290,7 +290,11 @@ class MoEModel:
             input_ids: Token ids, on any device.
             attention_mask: 1 at tokens that count; all by default.
             head: Whether the language-model head runs too; without it there are no logits.
+
+        Raises:
+            ModelError: There are more tokens in a row than the model was made for.
         """
+        self._require_short(input_ids.shape[1])
         inputs: dict[str, Any] = {"input_ids": input_ids.to(self.device)}
         if attention_mask is not None:
             inputs["attention_mask"] = attention_mask.to(self.device)
@@ -298,6 +302,23 @@ class MoEModel:
             inputs |= {f"decoder_{name}": tensor for name, tensor in inputs.items()}
         network: Any = self.model if head else self.model.base_model
         return network(**inputs, use_cache=False)
+
+    def _require_short(self, tokens: int) -> None:
+        if self.context_length is not None and tokens > self.context_length:
+            raise ModelError(
+                f"more tokens at once than {self.name!r} was made to read",
+                got=f"{tokens:,}",
+                expected=f"at most {self.context_length:,}",
+                remedy="Take shorter rows (`packing.length`) or a shorter prompt",
+            )
+
+    @property
+    def context_length(self) -> int | None:
+        """Most tokens that it was made to read at once; None where its configuration has none."""
+        # Some families have no end: the positions of T5 are relative.
+        config = self.model.config.get_text_config()
+        length: int | None = getattr(config, "max_position_embeddings", None)
+        return length
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
