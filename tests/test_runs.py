@@ -50,6 +50,18 @@ def test_another_schema_is_refused(tmp_path):
         Result.load(tmp_path, "routing")
 
 
+@pytest.mark.parametrize("content", [b"", b"PAR1 and no more", None])
+def test_a_damaged_table_is_named(tmp_path, content):
+    result().save(tmp_path)
+    path = tmp_path / "routing.layers.parquet"
+    if content is None:
+        path.write_bytes(path.read_bytes()[:-20])
+    else:
+        path.write_bytes(content)
+    with pytest.raises(MoEScopeError, match=r"cannot read .*routing.layers.parquet.*Delete it"):
+        Result.load(tmp_path, "routing")
+
+
 def test_notebook_view_escapes_text():
     view = result()._repr_html_()
     assert "a &lt; b" in view

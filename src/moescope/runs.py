@@ -175,7 +175,7 @@ class Result:
             )
         return cls(
             name=name,
-            tables={t: pd.read_parquet(_parquet(folder, name, t)) for t in content["tables"]},
+            tables={t: read_table(_parquet(folder, name, t)) for t in content["tables"]},
             findings=[Finding(**finding) for finding in content["findings"]],
             provenance=content["provenance"],
         )
@@ -196,6 +196,20 @@ class Result:
 
 def _parquet(folder: Path, name: str, table: str) -> Path:
     return folder / (f"{name}.parquet" if table == name else f"{name}.{table}.parquet")
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """Read a table that was written whole.
+
+    Raises:
+        MoEScopeError: The file is not there, or damaged.
+    """
+    try:
+        return pd.read_parquet(path)
+    except (OSError, ValueError) as error:  # pyarrow's own errors are both
+        raise MoEScopeError(
+            f"cannot read {path}", got=error, remedy="Delete it, and run the analysis again"
+        ) from error
 
 
 def library_versions() -> dict[str, str]:

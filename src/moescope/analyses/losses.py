@@ -23,7 +23,7 @@ from moescope.evaluate.predictions import evaluating
 from moescope.evaluate.unpaired import summed_losses
 from moescope.models.view import MoEModel
 from moescope.progress import track
-from moescope.runs import write_atomically
+from moescope.runs import read_table, write_atomically
 
 Change = Callable[[], AbstractContextManager[object]]
 """Makes a context that changes the model."""
@@ -113,7 +113,7 @@ class Losses:
         path = self.folder / f"{_file_name(name)}.parquet"
         if not path.exists():
             write_atomically(path, self._measured(change).reset_index().to_parquet)
-        found = pd.read_parquet(path)
+        found = read_table(path)
         names = found["domain"].map(dict(enumerate(self.domains)))
         return found.assign(domain=names).set_index(_WHERE)
 

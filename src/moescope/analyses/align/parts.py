@@ -20,7 +20,7 @@ from moescope.alignment.capacity import Capacity
 from moescope.alignment.result import AlignmentResult
 from moescope.analyses.align.options import LayerPair
 from moescope.experts.adapter import Adapter
-from moescope.runs import Run, write_atomically
+from moescope.runs import Run, read_table, write_atomically
 
 PAIR = ["source_layer", "source_expert", "target_layer", "target_expert"]
 """Columns that name a pair of experts."""
@@ -70,7 +70,7 @@ class Parts:
 
     def load(self, part: PartName, table: str) -> pd.DataFrame:
         """A table of a source expert."""
-        return pd.read_parquet(self._path(part, table))
+        return read_table(self._path(part, table))
 
     def unfinished(self, part: PartName) -> Path:
         """Where the fits of a source expert are kept while it is not done."""
