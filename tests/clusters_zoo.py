@@ -43,7 +43,7 @@ class Exact(Fits):
                 target=target,
                 adapter=Adapter(form="identity"),
                 inner_fvu=inner,
-                row={"fvu": fvu, "fvu_linear": fvu_linear},
+                row={"fvu": fvu, "fvu_linear": fvu_linear, "adapter_parameters": 0},
             )
         return found
 
@@ -58,13 +58,21 @@ class Exact(Fits):
 
 @torch.no_grad()
 def with_copies(layers: Sequence[int], of: int, count: int = 5):
-    """A random model in which the experts of some layers are copies of those of another."""
+    """A random model in which the experts of some layers are copies of those of another.
+
+    Other parameters, the same function: neurons in another order, half of each value in what reads
+    and the other half in what writes.
+    """
     model = load(models_zoo.build("mixtral", num_hidden_layers=count, num_local_experts=EXPERTS))
+    random = torch.Generator().manual_seed(0)
     for layer in layers:
         for expert in range(EXPERTS):
-            tensors = model.layer(of).expert_tensors(expert)
-            for name, tensor in model.layer(layer).expert_tensors(expert).items():
-                tensor.copy_(tensors[name])
+            copied = model.layer(of).expert_tensors(expert)
+            gate, up = copied["gate_up_proj"].chunk(2)
+            order = torch.randperm(len(up), generator=random)
+            own = model.layer(layer).expert_tensors(expert)
+            own["gate_up_proj"].copy_(torch.cat([gate[order], 2 * up[order]]))
+            own["down_proj"].copy_(copied["down_proj"][:, order] / 2)
     return model
 
 

@@ -1,32 +1,55 @@
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.stats import ttest_ind
 from sklearn.linear_model import RidgeCV
 from sklearn.metrics import adjusted_rand_score
 
 import clusters_zoo
 import models_zoo
 import moescope
+from interventions_zoo import BUILDERS
 from moescope.alignment.randomness import generator
 from moescope.analyses.clusters.analysis import clustered, clusters
-from moescope.analyses.clusters.losses import judged
-from moescope.analyses.clusters.merging import mean_outputs, merged_experts
+from moescope.analyses.clusters.merging import affordable, mean_outputs, merged_experts
 from moescope.analyses.clusters.options import ClustersOptions
-from moescope.analyses.clusters.sharing import DEPTH, LINEAR, MEAN, MERGED, RANDOM, WITHIN, sizes
-from moescope.analyses.clusters.stability import OTHER_DOCUMENTS, drawn_evenly, halves
+from moescope.analyses.clusters.sharing import (
+    DEPTH,
+    LINEAR,
+    MEAN,
+    MERGED,
+    RANDOM,
+    WITHIN,
+    Setting,
+    sizes,
+    smaller_models,
+)
+from moescope.analyses.clusters.stability import (
+    OTHER_DOCUMENTS,
+    OTHER_SEED,
+    drawn_evenly,
+    halves,
+    stability_table,
+)
 from moescope.analyses.clusters.tree import (
     apart,
     best_cut,
     cuts,
+    dealt_out,
     labels_of,
     representatives,
     silhouettes,
     tree_of,
 )
 from moescope.analyses.fits import Source
-from moescope.analyses.likeness import Likeness, chosen_experts, null_fvu, tokens_by_expert
+from moescope.analyses.likeness import Likeness, distances_of, null_fvu, tokens_by_expert
+from moescope.analyses.likeness_options import chosen_experts
+from moescope.analyses.loss_tables import against_table, judged
 from moescope.errors import CaptureError, ModelError, OptionError
+from moescope.evaluate.totals import Resampling
 from moescope.models.load import load
 from moescope.reports.registry import chapter
 
@@ -110,14 +133,15 @@ def test_comparisons_are_differences_of_the_losses(result):
 
 def test_a_model_of_copies_has_stable_clusters(tmp_path):
     model = clusters_zoo.with_copies([1], of=0, count=2)
-    options = ClustersOptions(kept=(4,), stability_experts=8, permutations=50, random=1)
+    options = ClustersOptions(kept=(4,), stability_experts=8, permutations=20, random=2)
     given = clusters_zoo.material(model, tmp_path)
     found = clustered(clusters_zoo.exact(given, options), options)
     assert of(found.table, best=True).clusters.item() == 4
     own = of(found.tables["stability"], comparison=OTHER_DOCUMENTS, chosen=True)
     assert (own.ari.item(), own.clusters.item(), own.n_experts.item()) == (1, 4, 8)
     said = " ".join(finding.text for finding in found.findings)
-    assert "The clusters are stable, and more so than those of random experts." in said
+    assert "The clusters are stable, and more so than those of random experts in any draw." in said
+    assert "Some experts are thus more alike than that explains." in said
     for figure in chapter("clusters").draw(found):
         assert figure.title.endswith("?")
         assert figure.specification()["datasets"]
@@ -125,7 +149,7 @@ def test_a_model_of_copies_has_stable_clusters(tmp_path):
 
 def test_independent_random_experts_are_not_said_to_have_clusters(tmp_path):
     model = clusters_zoo.with_copies([], of=0, count=2)
-    options = ClustersOptions(kept=(6,), stability_experts=8, permutations=20, random=1)
+    options = ClustersOptions(kept=(6,), stability_experts=8, permutations=20, random=2)
     given = clusters_zoo.material(model, tmp_path)
     found = clustered(clusters_zoo.exact(given, options), options)
     said = " ".join(finding.text for finding in found.findings)
@@ -173,6 +197,16 @@ def test_trees_are_cut_into_exactly_so_many_also_where_distances_are_equal():
     assert adjusted_rand_score([0, 0, 0, 1, 1, 2], labels) == 1
 
 
+def test_errors_dealt_out_keep_how_easy_each_expert_is_and_how_well_it_imitates():
+    random = np.random.default_rng(0)
+    easy, good = random.uniform(1, 2, size=(6, 1)), random.uniform(0, 1, size=6)
+    relative = np.where(np.eye(6, dtype=bool), 0, easy + good)
+    np.testing.assert_allclose(dealt_out(relative, random), distances_of(relative))
+    relative[0, 3] = relative[3, 0] = 0.1
+    dealt = [dealt_out(relative, random)[0, 3] for _ in range(60)]
+    assert np.mean(np.array(dealt) < 0.5) < 0.2
+
+
 def test_a_cluster_keeps_who_imitates_the_others_best():
     relative = np.array([[0, 1, 5, 0], [3, 0, 5, 0], [1, 2, 0, 0], [9, 9, 9, 0.0]])
     kept = representatives(np.array([0, 0, 0, 1]), relative)
@@ -206,6 +240,15 @@ def test_experts_are_drawn_evenly_from_the_layers():
     assert drawn_evenly(experts, 99, seed=0) == experts
 
 
+def test_experts_that_give_back_what_they_get_take_no_part():
+    model = load(BUILDERS["longcat_flash"]())
+    chosen = chosen_experts(model, ClustersOptions(experts_per_layer=3))
+    assert all(model.layer(e.layer).expert_tensors(e.expert) for e in chosen)
+    assert len(chosen) == 3 * len(model.layers)
+    every = chosen_experts(model, ClustersOptions())
+    assert 0 < len(every) < sum(layer.num_experts for layer in model.layers)
+
+
 def test_tokens_are_counted_by_document(fits):
     capture, held_out = fits.tokens.capture, fits.tokens.held_out
     routing = capture.routing(2)
@@ -226,23 +269,59 @@ def test_merging_takes_the_nearest_mean_outputs_and_weighs_by_use(fits):
     torch.testing.assert_close(means[1], reference.detach(), atol=1e-4, rtol=1e-3)
     distances = torch.cdist(means, means) + 1e9 * torch.eye(4)
     a, b = divmod(int(distances.argmin()), 4)
-    merged = merged_experts(fits, experts, 3)
+    merged = merged_experts(fits, experts, {0: 3})
     assert set(merged) == {Source(0, a), Source(0, b)}
     used = tokens_by_expert(fits.tokens, experts, held_out=False)
     share = used[Source(0, a)] / (used[Source(0, a)] + used[Source(0, b)])
     up = share * layer.expert_weights(a).up + (1 - share) * layer.expert_weights(b).up
     torch.testing.assert_close(merged[Source(0, a)].up, up.detach())
-    assert merged_experts(fits, experts, 4) == {}
+    assert merged_experts(fits, experts, {0: 4}) == {}
+
+
+def test_merging_keeps_as_many_as_the_parameters_pay_for_where_layers_have_them(fits):
+    model, each = fits.material.model, 3 * models_zoo.HIDDEN * 16
+    experts = [Source(0, 0), *(Source(1, e) for e in range(4)), *(Source(2, e) for e in range(4))]
+    assert affordable(model, experts, 9 * each) == {0: 1, 1: 4, 2: 4}
+    assert affordable(model, experts, 7 * each - 1) == {0: 1, 1: 3, 2: 2}
+    assert affordable(model, experts, 3 * each) == {0: 1, 1: 1, 2: 1}
+    assert affordable(model, experts, 3 * each - 1) == {}
 
 
 def test_verdicts_are_corrected():
-    table = pd.DataFrame({"difference_low": [-0.3, -0.21, np.nan], "difference_high": [-0.1, 0, 0]})
+    table = pd.DataFrame(
+        {"difference": [-1, 1, -1, 2], "p_value": [0.01, 0.04, np.nan, 0.015]}, dtype=float
+    )
     found = judged(table)
-    assert found.p_value[0] == pytest.approx(8.87e-5, rel=0.01)  # z = 0.2 / (0.1 / 1.96)
-    assert found.p_value[1] == pytest.approx(0.05, rel=0.01)
-    assert found.p_corrected[1] == found.p_value[1]
-    assert found.p_corrected[0] == pytest.approx(2 * found.p_value[0])
-    assert found.verdict.tolist() == ["lower", "open", ""]
+    np.testing.assert_allclose(found.p_corrected, [0.03, 0.04, np.nan, 0.03])
+    assert found.verdict.tolist() == ["lower", "higher", "", "higher"]
+    assert judged(table.assign(p_value=0.02)).verdict.tolist() == ["open"] * 4
+
+
+def test_random_choices_are_compared_over_documents_and_over_draws():
+    random = np.random.default_rng(0)
+    tokens = random.integers(50, 200, size=40)
+
+    def documents(mean):
+        loss = tokens * (mean + 0.01 * random.normal(size=40))
+        return pd.DataFrame({"tokens": tokens, "loss": loss})
+
+    sums = {("own", 5): documents(1.0), ("one", 5): documents(1.2), ("own", 9): documents(0.0)}
+    rises = {draw: documents(mean) for draw, mean in enumerate((1.1, 1.5, 0.95))}
+    sums |= {("random", 5, draw): frame for draw, frame in rises.items()}
+    resampling = Resampling(resamples=200, seed=0)
+    found = against_table(sums, [("own", 5)], "kept", resampling).set_index("versus")
+    assert found.verdict.to_dict() == {"one": "lower", "random": "open"}
+    own = sums["own", 5].loss
+    each = np.array([(own - frame.loss).sum() / tokens.sum() for frame in rises.values()])
+    row = found.loc["random"]
+    assert row.draws == 3
+    assert (row.least, row.most) == pytest.approx((each.min(), each.max()))
+    assert row.difference == pytest.approx(each.mean())
+    # As if the setting were one more draw; documents are all alike.
+    assert row.p_value == pytest.approx(ttest_ind([0.0], each).pvalue)
+    reach = 4.302653 * each.std(ddof=1) * (1 + 1 / 3) ** 0.5  # t, two degrees of freedom
+    assert row.difference_high - row.difference == pytest.approx(reach, rel=1e-3)
+    assert found.loc["one"].p_value < 1e-6
 
 
 def test_it_runs_on_fitted_adapters_of_chosen_experts_and_goes_on_from_them(material, monkeypatch):
@@ -253,7 +332,7 @@ def test_it_runs_on_fitted_adapters_of_chosen_experts_and_goes_on_from_them(mate
         "steps": 40,
         "kept": (2,),
         "stability_experts": 0,
-        "random": 1,
+        "random": 2,
         "permutations": 20,
         "bootstrap": 50,
     }
@@ -275,6 +354,35 @@ def test_it_runs_on_fitted_adapters_of_chosen_experts_and_goes_on_from_them(mate
     pd.testing.assert_frame_equal(again.tables["shared"], found.tables["shared"])
 
 
+def test_random_clusters_of_a_size_do_not_depend_on_what_else_is_asked(fits):
+    likeness = Likeness.of(fits, chosen_experts(fits.material.model, OPTIONS))
+    every, one = (
+        smaller_models(fits, likeness, replace(OPTIONS, kept=kept)) for kept in ((8, 5), (5,))
+    )
+    seen = []
+    for models in (every, one):
+        with models[Setting(RANDOM, 5, 1)].change():
+            seen.append(fits.material.model.forward(torch.arange(3, 40)[None], head=True)[0])
+    torch.testing.assert_close(*seen)
+    assert set(one) <= set(every)
+
+
+def test_a_half_with_too_few_tokens_costs_no_other_comparison(fits):
+    likeness = Likeness.of(fits, chosen_experts(fits.material.model, OPTIONS))
+    short = halves(fits.tokens)[0].held_out
+
+    class Starved(clusters_zoo.Exact):
+        def between(self, source, targets):
+            found = super().between(source, targets)
+            if not torch.equal(self.tokens.held_out, short):
+                return found
+            return {t: replace(each, inner_fvu=float("nan")) for t, each in found.items()}
+
+    starved = Starved(**{n: getattr(fits, n) for n in ("material", "tokens", "options")})
+    table = stability_table(starved, likeness, replace(OPTIONS, stability_experts=8))
+    assert set(table["comparison"]) == {OTHER_SEED}
+
+
 def test_experts_without_tokens_are_left_out(material):
     starved = Source(0, 0)
 
@@ -293,8 +401,10 @@ def test_experts_without_tokens_are_left_out(material):
     assert likeness.left_out == [starved]
     assert likeness.experts == experts[1:]
     assert likeness.inner_fvu.shape == (4, 4)
-    with pytest.raises(CaptureError, match="too few experts"):
+    with pytest.raises(CaptureError, match="too few experts have tokens"):
         Likeness.of(fits, experts[:4])
+    with pytest.raises(OptionError, match="too few experts take part"):
+        Likeness.of(fits, experts[1:4])
 
 
 def test_encoder_decoder_models_are_refused(tmp_path):
@@ -313,7 +423,10 @@ def test_sizes_leave_some_out():
     ("options", "said"),
     [
         ({"random": 6}, "random"),
+        ({"random": 1}, "random"),
         ({"shares": (1.0,)}, "share"),
+        ({"shares": ()}, "no sizes"),
+        ({"kept": (4, 0)}, "too few experts kept"),
         ({"stability_experts": 2}, "too few"),
         ({"held_out_share": 0.0}, "held_out_share"),
     ],

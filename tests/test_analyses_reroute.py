@@ -7,7 +7,8 @@ import clusters_zoo
 import models_zoo
 import moescope
 from moescope.analyses.fits import Source
-from moescope.analyses.likeness import Likeness, chosen_experts, tokens_by_expert
+from moescope.analyses.likeness import Likeness, tokens_by_expert
+from moescope.analyses.likeness_options import chosen_experts
 from moescope.analyses.losses import Losses, entered
 from moescope.analyses.reroute.analysis import reroute, rerouted
 from moescope.analyses.reroute.findings import findings
@@ -104,6 +105,22 @@ def test_below_it_what_has_no_copy_at_hand_is_skipped_by_the_threshold(result, m
     assert loose.skipped < own.skipped
 
 
+def test_the_first_threshold_holds_for_all_routes_that_are_compared(material, options):
+    fits = clusters_zoo.exact(material, options)
+    likeness = Likeness.of(fits, chosen_experts(material.model, options))
+    used = tokens_by_expert(fits.tokens, likeness.experts, held_out=False)
+    index = {expert: i for i, expert in enumerate(likeness.experts)}
+    same = {ANY_LAYER: [], SAME_LAYER: [], RANDOM: []}
+    for setting, way in ways(fits, likeness, used, options).items():
+        for source, target in way.routes.items():
+            same[setting.way].append(target.layer == source.layer)
+            assert likeness.inner_fvu[index[source], index[target]] <= setting.threshold
+        assert (setting.threshold == 1.0) or setting.way not in (SAME_LAYER, RANDOM)
+    assert any(same[ANY_LAYER])  # at the looser threshold
+    assert same[SAME_LAYER] == []  # no two experts of a layer are alike
+    assert same[RANDOM]
+
+
 def test_losses_are_those_that_compare_finds(material, options):
     fits = clusters_zoo.exact(material, options)
     likeness = Likeness.of(fits, chosen_experts(material.model, options))
@@ -146,7 +163,7 @@ def test_the_router_chooses_among_residents_as_far_as_they_are_enough(material, 
     fits = clusters_zoo.exact(material, options)
     likeness = Likeness.of(fits, chosen_experts(material.model, options))
     used = {expert: 100 - i for i, expert in enumerate(likeness.experts)}  # layer 0 most
-    tried = ways(fits, likeness, used, RerouteOptions(budgets=(5 / 12,), random=1))
+    tried = ways(fits, likeness, used, RerouteOptions(budgets=(5 / 12,), random=2))
     way = next(way for setting, way in tried.items() if setting.way == ROUTER)
     # Layer 1 keeps expert 0 and, since two are chosen, the most used of the others, which is mute.
     assert set(way.skipped) == {Source(1, 1), Source(2, 0), Source(2, 1)}
@@ -196,7 +213,7 @@ def test_it_runs_on_fitted_adapters_and_is_saved(material):
         model=material.model,
         corpus=clusters_zoo.corpus(160),
         budgets=(0.5,),
-        random=1,
+        random=2,
         bootstrap=50,
         **chosen,
     )
@@ -221,6 +238,9 @@ def test_encoder_decoder_models_are_refused(tmp_path):
         ({"thresholds": ()}, "thresholds"),
         ({"budgets": (1.0,)}, "share"),
         ({"tokens": 0}, "tokens"),
+        ({"thresholds": (1.0, float("nan"))}, "threshold"),
+        ({"thresholds": (-0.5,)}, "threshold"),
+        ({"bootstrap": 0}, "bootstrap"),
     ],
 )
 def test_options_that_say_nothing_are_refused(options, said):

@@ -2,17 +2,13 @@
 
 from moescope.analyses.clusters.findings import findings
 from moescope.analyses.clusters.options import ClustersOptions
-from moescope.analyses.clusters.sharing import sizes, smaller_models
+from moescope.analyses.clusters.sharing import DEPTH, sizes, smaller_models
 from moescope.analyses.clusters.stability import stability_table
-from moescope.analyses.clusters.tables import (
-    against_table,
-    cut_table,
-    member_table,
-    pair_table,
-    shared_table,
-)
+from moescope.analyses.clusters.tables import cut_table, member_table, pair_table, shared_table
 from moescope.analyses.fits import Fits
-from moescope.analyses.likeness import Likeness, chosen_experts, fitting_operations
+from moescope.analyses.likeness import Likeness
+from moescope.analyses.likeness_options import chosen_experts, fitting_operations
+from moescope.analyses.loss_tables import against_table
 from moescope.analyses.losses import Losses
 from moescope.analyses.material import Material
 from moescope.analyses.registry import analysis
@@ -51,23 +47,25 @@ def clustered(fits: Fits, options: ClustersOptions) -> Result:
     """The same for any adapters.
 
     Raises:
-        CaptureError: Fewer than four experts have enough tokens; the capture lacks inputs.
+        OptionError: Fewer than four experts take part.
+        CaptureError: Fewer than four have enough tokens; the capture lacks inputs.
         CorpusError: The text cannot be read, or no held-out document lies in it.
     """
+    losses = Losses.held_out(fits, options.tokens, "clusters", options.behind_losses)
     likeness = Likeness.of(fits, chosen_experts(fits.material.model, options))
     cuts = cut_table(likeness, options)
     best = int(cuts.loc[cuts["best"], "clusters"].iloc[0])
     models = smaller_models(fits, likeness, options)
-    losses = Losses.held_out(fits, options.tokens, "clusters", options.behind_losses)
-    totals = losses.of_all({s: smaller.change for s, smaller in models.items()}, "clusters: models")
+    sums = losses.of_all({s: smaller.change for s, smaller in models.items()}, "clusters: models")
+    depth = [setting for setting in sums if setting.variant == DEPTH]
     resampling = Resampling(resamples=options.bootstrap, seed=options.seed)
     tables = {
         "clusters": cuts,
         "members": member_table(fits, likeness, best),
         "pairs": pair_table(likeness),
         "stability": stability_table(fits, likeness, options),
-        "shared": shared_table(fits, likeness, models, totals, resampling),
-        "against": against_table(totals, resampling),
+        "shared": shared_table(fits, likeness, models, sums, resampling),
+        "against": against_table(sums, depth, "kept", resampling),
     }
     return Result(
         name="clusters",

@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from moescope.analyses.clusters.losses import nats, rise_of
 from moescope.analyses.clusters.sharing import DEPTH, MERGED, RANDOM, WITHIN
 from moescope.analyses.clusters.stability import OTHER_DOCUMENTS, OTHER_SEED
 from moescope.analyses.clusters.stability import RANDOM as RANDOM_EXPERTS
 from moescope.analyses.fits import Source
+from moescope.analyses.loss_tables import rise_of, rises_of
 from moescope.measures.bootstrap import FEWEST_UNITS
 from moescope.runs import Finding
 
@@ -49,12 +49,16 @@ def _silhouette(table: pd.DataFrame) -> Finding:
     best = table[table["best"]].iloc[0]
     text = (
         f"The largest silhouette, {best['silhouette']:.2f}, is that of {int(best['clusters'])} "
-        f"clusters of {int(best['n_experts'])} experts. With the same distances dealt out to pairs "
-        f"at random, {int(best['permutations'])} times, the 95% quantile is "
+        f"clusters of {int(best['n_experts'])} experts. With the errors of each expert dealt out "
+        f"to the others at random, {int(best['permutations'])} times, so that how easy each is to "
+        "imitate and how well each imitates stay what they are, the 95% quantile is "
         f"{best['null_high']:.2f} there (p = {best['p_value']:.2g} for the largest over all "
-        "numbers of clusters). That a few experts are hard for all others to imitate is enough "
-        "for that: it does not yet make clusters of a shared function."
+        "numbers of clusters). "
     )
+    if best["p_value"] < 0.05:
+        text += "Some experts are thus more alike than that explains."
+    else:
+        text += "Clusters beyond what that explains are not shown."
     numbers = {
         "clusters": int(best["clusters"]),
         "silhouette": best["silhouette"],
@@ -76,21 +80,24 @@ def _stability(table: pd.DataFrame) -> list[Finding]:
     text = (
         f"{int(own['n_experts'])} experts clustered on two disjoint halves of the training "
         f"documents: adjusted Rand index {own['ari']:.2f} at {int(own['clusters'])} clusters "
-        f"(95% quantile under permuted experts {own['null_high']:.2f}, p = {own['p_value']:.2g})"
+        f"(95% quantile with the errors of each expert dealt out to the others "
+        f"{own['null_high']:.2f}, p = {own['p_value']:.2g})"
     )
     if len(random):
-        text += (
-            f"; with random experts in the place of all targets on the second half "
-            f"{random.min():.2f} to {random.max():.2f} ({len(random)} draws)"
-        )
+        least, most = f"{random.min():.2f}", f"{random.max():.2f}"
+        text += "; with random experts in the place of all targets on the second half "
+        text += least if len(random) == 1 else f"{least} to {most} ({len(random)} draws)"
     if OTHER_SEED in compared:
-        text += f"; with another seed of the fits {compared[OTHER_SEED]['ari']:.2f}"
+        seed = compared[OTHER_SEED]
+        text += (
+            f"; with another seed of the fits {seed['ari']:.2f}, {int(seed['clusters'])} clusters"
+        )
     doubts = []
     if own["p_value"] >= 0.05:
-        doubts.append(f"permuted experts agree as well in {own['p_value']:.0%} of cases")
+        doubts.append(f"errors dealt out agree as well in {own['p_value']:.0%} of cases")
     if (random >= own["ari"]).any():
         doubts.append("clusters of random experts agree as well")
-    verdict = "The clusters are stable, and more so than those of random experts."
+    verdict = "The clusters are stable, and more so than those of random experts in any draw."
     if doubts:
         verdict = f"Stable clusters are not shown: {' and '.join(doubts)}."
     numbers = {
@@ -115,12 +122,16 @@ def _size(shared: pd.DataFrame, against: pd.DataFrame, cut: pd.DataFrame) -> Fin
         f"documents, {int(own['n_tokens']):,} tokens)"
     )
     others = [
-        f"{variant} {_others(rows[rows['variant'] == variant])}"
-        for variant in rows["variant"].unique()
+        f"{variant} {rises_of(each)}, {each['of_parameters'].mean():.0%}"
+        for variant, each in rows.groupby("variant", sort=False)
         if variant != DEPTH
     ]
-    text += f"; {', '.join(others)}."
-    verdicts = {"lower": "loses less than", "higher": "loses more than", "open": "is open against"}
+    text += f"; {'; '.join(others)}."
+    verdicts = {
+        "lower": "loses less than",
+        "higher": "loses more than",
+        "open": "is not shown to differ from",
+    }
     said = [
         f"{words} {', '.join(against[against['verdict'] == verdict]['versus'])}"
         for verdict, words in verdicts.items()
@@ -128,8 +139,9 @@ def _size(shared: pd.DataFrame, against: pd.DataFrame, cut: pd.DataFrame) -> Fin
     ]
     if said:
         text += (
-            f" Paired by document (p < 0.05 after Holm's correction for all sizes and variants), "
-            f"sharing over all layers {'; '.join(said)}."
+            " Paired by document (and as one more draw, where these are random; p < 0.05 after "
+            "Holm's correction for all sizes and variants), sharing over all layers "
+            f"{'; '.join(said)}."
         )
     else:
         text += f" No intervals: under {FEWEST_UNITS} documents."
@@ -146,8 +158,3 @@ def _size(shared: pd.DataFrame, against: pd.DataFrame, cut: pd.DataFrame) -> Fin
         for _, row in against[against["versus"] == variant].iterrows()
     }
     return Finding(text=text, numbers=numbers)
-
-
-def _others(rows: pd.DataFrame) -> str:
-    """The mean over draws, and the parameters."""
-    return f"{nats(rows['difference'].mean())} ({rows['of_parameters'].mean():.0%})"

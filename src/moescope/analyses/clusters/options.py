@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from moescope.analyses.likeness import FEWEST, LikenessOptions
+from moescope.analyses.likeness import FEWEST
+from moescope.analyses.likeness_options import LikenessOptions
 from moescope.config import IntList
 from moescope.errors import OptionError
 
@@ -33,6 +34,11 @@ class ClustersOptions(LikenessOptions):
                 got=self.stability_experts,
                 expected=f"0, or at least {FEWEST}",
             )
+        if not (self.kept or self.shares):
+            raise OptionError("there are no sizes to measure", remedy="Give shares, or kept")
+        for kept in self.kept:
+            if kept < 1:
+                raise OptionError("too few experts kept", got=kept, expected="at least 1")
         for share in self.shares:
             if not 0 < share < 1:
                 raise OptionError("not a share of the experts", got=share, expected="between 0, 1")

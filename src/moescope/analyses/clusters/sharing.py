@@ -1,19 +1,26 @@
 """Models in which clusters of experts share one: who leaves, and what computes its tokens."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
-from moescope.analyses.clusters.merging import merged_experts
+from moescope.analyses.clusters.merging import affordable, merged_experts
 from moescope.analyses.clusters.options import ClustersOptions
 from moescope.analyses.clusters.tree import apart, labels_of, representatives, tree_of
-from moescope.analyses.fits import Fits, Source, Target
+from moescope.analyses.fits import Fits, Source
+from moescope.analyses.instead import (
+    Instead,
+    expert_of,
+    linear_maps,
+    mean_outputs,
+    through_adapters,
+)
 from moescope.analyses.likeness import Likeness, expert_parameters
 from moescope.analyses.losses import Change, entered
-from moescope.interventions import replace_output, substitute
+from moescope.interventions import substitute
 
 DEPTH, WITHIN, RANDOM = "clusters of all layers", "clusters within layers", "random clusters"
 MERGED, LINEAR, MEAN = "merged within layers", "linear maps", "mean outputs"
@@ -62,22 +69,26 @@ def smaller_models(
     layers = [expert.layer for expert in likeness.experts]
     tree = tree_of(likeness.distances)
     within = tree_of(apart(likeness.distances, layers))
-    random = np.random.default_rng(options.seed)
     found = dict[Setting, Smaller]()
     for kept in sizes(len(layers), options):
         labels = labels_of(tree, kept)
         leaving = stand_ins(likeness, labels)
-        found[Setting(DEPTH, kept)] = behind_adapters(fits, likeness, leaving)
+        own = _smaller(fits, likeness, leaving, through_adapters(fits, leaving))
+        found[Setting(DEPTH, kept)] = own
         if kept >= len(set(layers)):
-            own = stand_ins(likeness, labels_of(within, kept))
-            found[Setting(WITHIN, kept)] = behind_adapters(fits, likeness, own)
-            most = found[Setting(DEPTH, kept)].parameters
-            found[Setting(MERGED, kept)] = _merged(fits, likeness.experts, most)
+            others = stand_ins(likeness, labels_of(within, kept))
+            instead = through_adapters(fits, others)
+            found[Setting(WITHIN, kept)] = _smaller(fits, likeness, others, instead)
+        if merged := _merged(fits, likeness, own.parameters):
+            found[Setting(MERGED, kept)] = merged
+        random = np.random.default_rng([options.seed, kept])
         for draw in range(options.random):
             others = stand_ins(likeness, random.permutation(labels))
-            found[Setting(RANDOM, kept, draw)] = behind_adapters(fits, likeness, others)
-        found[Setting(LINEAR, kept)] = _linear(fits, likeness.experts, list(leaving))
-        found[Setting(MEAN, kept)] = _mean(fits, likeness.experts, list(leaving))
+            instead = through_adapters(fits, others)
+            found[Setting(RANDOM, kept, draw)] = _smaller(fits, likeness, others, instead)
+        for variant, by in ((LINEAR, linear_maps), (MEAN, mean_outputs)):
+            instead = by(fits, list(leaving))
+            found[Setting(variant, kept)] = _smaller(fits, likeness, leaving, instead)
     return found
 
 
@@ -85,64 +96,37 @@ def stand_ins(likeness: Likeness, labels: Int[np.ndarray, " experts"]) -> dict[S
     """For every expert that its cluster does not keep, the one that it keeps."""
     kept = representatives(labels, likeness.relative)
     return {
-        expert: likeness.experts[k]
-        for i, (expert, k) in enumerate(zip(likeness.experts, kept.tolist(), strict=True))
+        source: likeness.experts[k]
+        for i, (source, k) in enumerate(zip(likeness.experts, kept.tolist(), strict=True))
         if i != k
     }
 
 
-def behind_adapters(fits: Fits, likeness: Likeness, leaving: Mapping[Source, Source]) -> Smaller:
-    """Have the tokens of experts computed by others behind their adapters."""
-    fitted = []
-    for source, stand_in in leaving.items():
-        target = Target(*stand_in)
-        fitted.append(fits.between(source, [target])[target])
-    adapters = sum(each.adapter.num_parameters for each in fitted if each.adapter is not None)
+def _smaller(
+    fits: Fits, likeness: Likeness, leaving: Collection[Source], instead: Instead
+) -> Smaller:
+    stay = [expert for expert in likeness.experts if expert not in leaving]
     return Smaller(
-        experts=len(likeness.experts) - len(leaving),
-        parameters=adapters + _of_rest(fits, likeness.experts, leaving),
-        change=lambda: entered([fits.substituting(each) for each in fitted]),
+        experts=len(stay),
+        parameters=expert_parameters(fits.material.model, stay) + instead.parameters,
+        change=instead.change,
     )
 
 
-def _linear(fits: Fits, experts: Sequence[Source], leaving: Sequence[Source]) -> Smaller:
-    model = fits.material.model
-    maps = {source: fits.linear(source) for source in leaving}
+def _merged(fits: Fits, likeness: Likeness, most: int) -> Smaller | None:
+    """None where parameters do not pay for an expert of every layer."""
+    model, experts = fits.material.model, likeness.experts
+    kept = affordable(model, experts, most)
+    if not kept:
+        return None
+    width = {e.layer: expert_parameters(model, [e]) for e in experts}
     return Smaller(
-        experts=len(experts) - len(leaving),
-        parameters=_of_rest(fits, experts, leaving) + sum(m.num_parameters for m in maps.values()),
+        experts=sum(kept.values()),
+        parameters=sum(width[layer] * number for layer, number in kept.items()),
         change=lambda: entered(
-            [substitute((model.layer(s.layer), s.expert), None, a) for s, a in maps.items()]
+            [
+                substitute(expert_of(fits, source), weights)
+                for source, weights in merged_experts(fits, experts, kept).items()
+            ]
         ),
     )
-
-
-def _mean(fits: Fits, experts: Sequence[Source], leaving: Sequence[Source]) -> Smaller:
-    model = fits.material.model
-    means = {source: fits.mean(source) for source in leaving}
-    return Smaller(
-        experts=len(experts) - len(leaving),
-        parameters=_of_rest(fits, experts, leaving) + sum(m.numel() for m in means.values()),
-        change=lambda: entered(
-            [replace_output((model.layer(s.layer), s.expert), m) for s, m in means.items()]
-        ),
-    )
-
-
-def _merged(fits: Fits, experts: Sequence[Source], most: int) -> Smaller:
-    model = fits.material.model
-    each = expert_parameters(model, experts) / len(experts)
-    kept = min(int(most / each + 1e-9), len(experts))
-    merged = merged_experts(fits, experts, kept)
-    return Smaller(
-        experts=kept,
-        parameters=round(kept * each),
-        change=lambda: entered(
-            [substitute((model.layer(s.layer), s.expert), w) for s, w in merged.items()]
-        ),
-    )
-
-
-def _of_rest(fits: Fits, experts: Sequence[Source], leaving: Collection[Source]) -> int:
-    rest = [expert for expert in experts if expert not in leaving]
-    return expert_parameters(fits.material.model, rest)

@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool
 from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
 from moescope.analyses.align.tokens import Tokens, held_out_documents
 from moescope.analyses.clusters.options import ClustersOptions
-from moescope.analyses.clusters.tree import best_cut, labels_of, tree_of
+from moescope.analyses.clusters.tree import best_cut, dealt_out, labels_of, tree_of
 from moescope.analyses.fits import Fits, Source
 from moescope.analyses.likeness import FEWEST, Likeness
 
@@ -44,23 +44,20 @@ def stability_table(fits: Fits, likeness: Likeness, options: ClustersOptions) ->
     Returns:
         One row per comparison, draw (of random experts) and number of clusters. ari, the adjusted
         Rand index of the two clusterings; null_mean and null_high, its mean and 95% quantile with
-        the experts of one of them permuted; p_value of the permutations; chosen, whether the first
-        of the two has its largest silhouette there; n_experts, seed.
+        the errors of each expert dealt out to the others in one of them (see `dealt_out`); p_value;
+        chosen, whether the first of the two has its largest silhouette there; n_experts, seed.
     """
     experts = drawn_evenly(likeness.experts, options.stability_experts, options.seed)
     if len(experts) < FEWEST:
         return pd.DataFrame(columns=_COLUMNS)
-    first, second = (
-        Likeness.of(replace(fits, tokens=half), experts) for half in halves(fits.tokens)
-    )
+    one, other = (replace(fits, tokens=half) for half in halves(fits.tokens))
+    first, second = (Likeness.of(half, experts, fewest=0) for half in (one, other))
     reseeded = replace(fits, options=replace(fits.options, seed=fits.options.seed + 1))
     rows = list(_compared(first, second, OTHER_DOCUMENTS, 0, options))
-    rows += _compared(
-        likeness.part(experts), Likeness.of(reseeded, experts), OTHER_SEED, 0, options
-    )
-    _, half = halves(fits.tokens)
+    again = Likeness.of(reseeded, experts, fewest=0)
+    rows += _compared(likeness.part(experts), again, OTHER_SEED, 0, options)
     for draw in range(options.random):
-        random = Likeness.of(replace(fits, tokens=half), experts, draw)
+        random = Likeness.of(other, experts, draw, fewest=0)
         rows += _compared(first, random, RANDOM, draw, options)
     return pd.DataFrame(rows, columns=_COLUMNS)
 
@@ -98,29 +95,19 @@ def _compared(
     one, other = one.part(both), other.part(both)
     trees, best = (tree_of(one.distances), tree_of(other.distances)), best_cut(one.distances)
     random = np.random.default_rng(options.seed)
+    dealt = [tree_of(dealt_out(other.relative, random)) for _ in range(options.permutations)]
     for clusters in range(2, len(both)):
-        labels, others = (labels_of(tree, clusters) for tree in trees)
-        ari = adjusted_rand_score(labels, others)
-        null = _permuted(labels, others, options.permutations, random)
+        labels, *others = (labels_of(tree, clusters) for tree in (*trees, *dealt))
+        ari, *null = (adjusted_rand_score(labels, other) for other in others)
         yield {
             "comparison": comparison,
             "draw": draw,
             "clusters": clusters,
             "chosen": clusters == best,
             "ari": ari,
-            "null_mean": null.mean(),
+            "null_mean": np.mean(null),
             "null_high": np.quantile(null, 0.95),
-            "p_value": (1 + (null >= ari - 1e-12).sum()) / (1 + len(null)),
+            "p_value": (1 + (np.array(null) >= ari - 1e-12).sum()) / (1 + len(null)),
             "n_experts": len(both),
             "seed": options.seed,
         }
-
-
-def _permuted(
-    labels: Int[np.ndarray, " experts"],
-    others: Int[np.ndarray, " experts"],
-    permutations: int,
-    random: np.random.Generator,
-) -> Float[np.ndarray, " permutations"]:
-    drawn = (random.permutation(others) for _ in range(permutations))
-    return np.array([adjusted_rand_score(labels, order) for order in drawn])

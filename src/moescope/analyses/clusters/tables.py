@@ -6,19 +6,19 @@ import numpy as np
 import pandas as pd
 from scipy.cluster.hierarchy import leaves_list
 
-from moescope.analyses.clusters.losses import judged, loss_columns, paired_columns
 from moescope.analyses.clusters.options import ClustersOptions
-from moescope.analyses.clusters.sharing import DEPTH, RANDOM, Setting, Smaller
+from moescope.analyses.clusters.sharing import Setting, Smaller
 from moescope.analyses.clusters.tree import (
     cuts,
+    dealt_silhouettes,
     labels_of,
     representatives,
-    shuffled_silhouettes,
     silhouettes,
     tree_of,
 )
 from moescope.analyses.fits import Fits
 from moescope.analyses.likeness import Likeness, expert_parameters, tokens_by_expert
+from moescope.analyses.loss_tables import loss_columns
 from moescope.analyses.losses import by_domain
 from moescope.evaluate.totals import Resampling
 
@@ -26,15 +26,15 @@ from moescope.evaluate.totals import Resampling
 def cut_table(likeness: Likeness, options: ClustersOptions) -> pd.DataFrame:
     """One row per number of clusters: how good the cut is, and what it would let go.
 
-    silhouette; null_mean and null_high, its mean and 95% quantile with the distances dealt out to
-    pairs at random; p_value, of the best cut alone, of the largest silhouette over all cuts.
-    could_go, experts that their cluster does not keep; fvu_median, fvu_worst of who stands in for
-    them, on held-out documents; linear_median, that of linear maps for the same; better_than_linear
-    how many are better imitated by it than by their linear map.
+    silhouette; null_mean and null_high, its mean and 95% quantile with the errors of each expert
+    dealt out to the others (see `dealt_out`); p_value, of the best cut alone, of the largest
+    silhouette over all cuts. could_go, experts that their cluster does not keep; fvu_median,
+    fvu_worst of who stands in for them, on held-out documents; linear_median, that of linear maps
+    for the same; better_than_linear, how many are better imitated by it than by their linear map.
     """
     distances = likeness.distances
     scores = silhouettes(distances)
-    shuffled = shuffled_silhouettes(distances, options.permutations, options.seed)
+    dealt = dealt_silhouettes(likeness.relative, options.permutations, options.seed)
     tree, size = tree_of(distances), len(likeness.experts)
     rows = []
     for i, clusters in enumerate(cuts(size)):
@@ -45,8 +45,8 @@ def cut_table(likeness: Likeness, options: ClustersOptions) -> pd.DataFrame:
             {
                 "clusters": clusters,
                 "silhouette": scores[i],
-                "null_mean": shuffled[:, i].mean(),
-                "null_high": np.quantile(shuffled[:, i], 0.95),
+                "null_mean": dealt[:, i].mean(),
+                "null_high": np.quantile(dealt[:, i], 0.95),
                 "best": i == scores.argmax(),
                 "could_go": len(going),
                 "fvu_median": np.median(fvu),
@@ -56,7 +56,7 @@ def cut_table(likeness: Likeness, options: ClustersOptions) -> pd.DataFrame:
             }
         )
     table = pd.DataFrame(rows)
-    beyond = (1 + (shuffled.max(1) >= scores.max() - 1e-12).sum()) / (1 + len(shuffled))
+    beyond = (1 + (dealt.max(1) >= scores.max() - 1e-12).sum()) / (1 + len(dealt))
     return table.assign(
         p_value=np.where(table["best"], beyond, np.nan),
         n_experts=size,
@@ -128,25 +128,6 @@ def shared_table(
             row |= {"parameters": smaller.parameters, "of_parameters": smaller.parameters / whole}
             rows.append(row | loss_columns(documents, resampling))
     return pd.DataFrame(rows)
-
-
-def against_table(totals: Mapping[Setting, pd.DataFrame], resampling: Resampling) -> pd.DataFrame:
-    """By how much the loss with clusters of all layers lies above that of each other variant.
-
-    Paired by document, on all domains; random clusters are one, the mean of their draws.
-    """
-    rows = []
-    for setting, own in totals.items():
-        if setting.variant != DEPTH:
-            continue
-        for variant in dict.fromkeys(s.variant for s in totals if s.variant != DEPTH):
-            others = [d for s, d in totals.items() if s[:2] == (variant, setting.kept)]
-            if others:
-                row = {"kept": setting.kept, "versus": variant, "draws": len(others)}
-                each = [other["difference"].sum() / own["tokens"].sum() for other in others]
-                row |= {"least": min(each), "most": max(each)} if variant == RANDOM else {}
-                rows.append(row | paired_columns(own, others, resampling))
-    return judged(pd.DataFrame(rows))
 
 
 def _leaves(tree: np.ndarray) -> np.ndarray:

@@ -8,6 +8,8 @@ from scipy.cluster.hierarchy import cut_tree, linkage
 from scipy.spatial.distance import squareform
 from sklearn.metrics import silhouette_score
 
+from moescope.analyses.likeness import distances_of
+
 _MOST_CUTS = 64
 
 
@@ -42,14 +44,36 @@ def best_cut(distances: Float[np.ndarray, "experts experts"]) -> int:
     return cuts(len(distances))[int(silhouettes(distances).argmax())]
 
 
-def shuffled_silhouettes(
-    distances: Float[np.ndarray, "experts experts"], permutations: int, seed: int
+def dealt_out(
+    relative: Float[np.ndarray, "experts experts"], random: np.random.Generator
+) -> Float[np.ndarray, "experts experts"]:
+    """Distances if no two experts were alike in particular.
+
+    How easy an expert is to imitate, and how well it imitates, stay: their effects are those of the
+    social relations model (Warner, Kenny and Stoto 1979), least squares without the diagonal. What
+    they leave of the errors of a source is dealt out to the other experts at random.
+
+    Args:
+        relative: Relative errors, at least three experts, with zeros on the diagonal.
+        random: What deals.
+    """
+    size, others = len(relative), ~np.eye(len(relative), dtype=bool)
+    rows, columns = relative.sum(1), relative.sum(0)
+    easy = ((size - 1) * rows + columns) / (size * (size - 2))
+    good = ((size - 1) * columns + rows) / (size * (size - 2))
+    good -= relative.sum() / ((size - 1) * (size - 2))
+    expected, dealt = easy[:, None] + good, np.zeros_like(relative)
+    left = (relative - expected)[others].reshape(size, -1)
+    dealt[others] = expected[others] + random.permuted(left, axis=1).ravel()
+    return distances_of(dealt.clip(min=0))
+
+
+def dealt_silhouettes(
+    relative: Float[np.ndarray, "experts experts"], permutations: int, seed: int
 ) -> Float[np.ndarray, "permutations cuts"]:
-    """Silhouettes of the same distances dealt out to pairs at random: without any clusters."""
-    random, pairs = np.random.default_rng(seed), squareform(distances, checks=False)
-    return np.array(
-        [silhouettes(squareform(random.permutation(pairs))) for _ in range(permutations)]
-    )
+    """Silhouettes of distances dealt out at random: without any clusters."""
+    random = np.random.default_rng(seed)
+    return np.array([silhouettes(dealt_out(relative, random)) for _ in range(permutations)])
 
 
 def representatives(

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from moescope.analyses.clusters.losses import nats, rise_of
 from moescope.analyses.fits import Source
+from moescope.analyses.loss_tables import nats, rise_of, rises_of
 from moescope.analyses.reroute.ways import ANY_LAYER
 from moescope.measures.bootstrap import FEWEST_UNITS
 from moescope.runs import Finding
@@ -32,9 +32,10 @@ def findings(
 def _budget(rows: pd.DataFrame, against: pd.DataFrame, threshold: float) -> Finding:
     own = rows[(rows["way"] == ANY_LAYER) & (rows["threshold"] == threshold)].iloc[0]
     text = (
-        f"With {int(own['resident'])} resident experts ({own['of_experts']:.0%}) and the tokens of "
-        f"the others sent to the most similar of them in any layer ({own['rerouted']:.0%} of all "
-        f"slots rerouted, {own['skipped']:.0%} skipped), the loss on held-out documents changes by "
+        f"With {int(own['resident'])} of {int(own['n_experts'])} experts resident and the tokens "
+        f"of the others sent to the most similar of them in any layer ({own['rerouted']:.0%} of "
+        f"the slots of all {int(own['n_experts'])} rerouted, {own['skipped']:.0%} skipped), the "
+        "loss on held-out documents changes by "
         f"{rise_of(own)} nats per token (n = {int(own['n_documents'])} documents, "
         f"{int(own['n_tokens']):,} tokens)"
     )
@@ -44,12 +45,9 @@ def _budget(rows: pd.DataFrame, against: pd.DataFrame, threshold: float) -> Find
         f"({row['skipped']:.0%} skipped)"
         for _, row in stricter.iterrows()
     ]
-    others += [
-        f"{way} {nats(rows[rows['way'] == way]['difference'].mean())}"
-        for way in against["versus"].unique()
-    ]
-    text += f"; {', '.join(others)}. Experts and adapters are {own['of_parameters']:.0%} of the "
-    text += "parameters of all experts."
+    others += [f"{way} {rises_of(rows[rows['way'] == way])}" for way in against["versus"].unique()]
+    text += f"; {', '.join(others)}. Resident experts and adapters are "
+    text += f"{own['of_parameters']:.0%} of the parameters of these experts."
     numbers = {
         "resident": int(own["resident"]),
         "rise": own["difference"],
@@ -74,8 +72,9 @@ def _verdict(against: pd.DataFrame) -> Finding:
         parts.append(f"{way}: better in {lower}, worse in {higher} of {len(rows)} budgets")
         numbers |= {f"better_than_{way}": int(lower), f"worse_than_{way}": int(higher)}
     text = (
-        f"Rerouting to any layer, against {'; '.join(parts)} (paired by document; p < 0.05 after "
-        f"Holm's correction for all {len(against)} comparisons)."
+        f"Rerouting to any layer, against {'; '.join(parts)} (paired by document, and as one "
+        "more draw where these are random; p < 0.05 after Holm's correction for all "
+        f"{len(against)} comparisons)."
     )
     return Finding(text=text, numbers=numbers)
 

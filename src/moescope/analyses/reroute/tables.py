@@ -4,42 +4,44 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-from moescope.analyses.clusters.losses import judged, loss_columns, paired_columns
 from moescope.analyses.fits import Fits, Source
 from moescope.analyses.likeness import Likeness, expert_parameters
+from moescope.analyses.loss_tables import loss_columns
 from moescope.analyses.losses import by_domain
-from moescope.analyses.reroute.ways import ANY_LAYER, RANDOM, Setting, Way
+from moescope.analyses.reroute.ways import ANY_LAYER, Setting, Way
 from moescope.evaluate.totals import Resampling
 
 
 def reroute_table(
     fits: Fits,
     ways: Mapping[Setting, Way],
-    totals: Mapping[Setting, pd.DataFrame],
+    sums: Mapping[Setting, pd.DataFrame],
     used: Mapping[Source, int],
     resampling: Resampling,
 ) -> pd.DataFrame:
     """One row per way, budget, threshold, draw and domain.
 
-    rerouted and skipped are shares of the (token, slot) pairs of the held-out documents, as the
-    model as it is routes them. saved_parameters, those of the experts that are not resident;
+    Experts are those that take part. n_experts, how many; of_experts, the share that is resident;
+    rerouted and skipped, shares of the (token, slot) pairs that the model as it is routes to them
+    in the held-out documents. saved_parameters, those of the experts that are not resident;
     extra_parameters, those of adapters or maps; of_parameters, resident ones and extra ones over
-    those of all experts.
+    those of all of them.
 
     Args:
         fits: The model.
         ways: What was done.
-        totals: What it cost.
+        sums: What it cost.
         used: Tokens of the held-out documents that used each expert.
         resampling: Of the intervals.
     """
     whole, slots = expert_parameters(fits.material.model, list(used)), max(sum(used.values()), 1)
     rows = []
-    for setting, sums in totals.items():
+    for setting, documents in sums.items():
         way = ways[setting]
         absent = [*way.rerouted, *way.skipped]
         saved = expert_parameters(fits.material.model, absent)
         about = setting._asdict() | {
+            "n_experts": len(used),
             "of_experts": setting.resident / len(used),
             "rerouted": sum(used[expert] for expert in way.rerouted) / slots,
             "skipped": sum(used[expert] for expert in way.skipped) / slots,
@@ -47,35 +49,9 @@ def reroute_table(
             "extra_parameters": way.parameters,
             "of_parameters": (whole - saved + way.parameters) / whole,
         }
-        for domain, documents in by_domain(sums).items():
-            rows.append(about | {"domain": domain} | loss_columns(documents, resampling))
+        for domain, part in by_domain(documents).items():
+            rows.append(about | {"domain": domain} | loss_columns(part, resampling))
     return pd.DataFrame(rows)
-
-
-def against_table(
-    totals: Mapping[Setting, pd.DataFrame], threshold: float, resampling: Resampling
-) -> pd.DataFrame:
-    """By how much the loss with rerouting to any layer lies above that of each other way.
-
-    Paired by document, on all domains; random residents are one, the mean of their draws.
-
-    Args:
-        totals: Of all settings.
-        threshold: Which of the thresholds is compared.
-        resampling: Of the intervals.
-    """
-    rows = []
-    for setting, own in totals.items():
-        if (setting.way, setting.threshold) != (ANY_LAYER, threshold):
-            continue
-        for way in dict.fromkeys(s.way for s in totals if s.way != ANY_LAYER):
-            others = [d for s, d in totals.items() if s[:2] == (way, setting.resident)]
-            if others:
-                row = {"resident": setting.resident, "versus": way, "draws": len(others)}
-                each = [other["difference"].sum() / own["tokens"].sum() for other in others]
-                row |= {"least": min(each), "most": max(each)} if way == RANDOM else {}
-                rows.append(row | paired_columns(own, others, resampling))
-    return judged(pd.DataFrame(rows))
 
 
 def route_table(likeness: Likeness, ways: Mapping[Setting, Way], threshold: float) -> pd.DataFrame:

@@ -1,18 +1,18 @@
 """What becomes of a token whose expert is not resident."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
-from moescope.analyses.fits import Fits, Fitted, Source, Target
+from moescope.analyses.fits import Fits, Source
+from moescope.analyses.instead import linear_maps, mean_outputs, nothing, through_adapters
 from moescope.analyses.likeness import Likeness
 from moescope.analyses.losses import Change, entered
 from moescope.analyses.reroute.options import RerouteOptions
 from moescope.analyses.reroute.residents import resident_numbers, residents
-from moescope.interventions import Expert, mask_experts, replace_output, substitute
+from moescope.interventions import mask_experts
 from moescope.surgery.groups import groups_of
 
 ANY_LAYER, SAME_LAYER, RANDOM = "any layer", "same layer", "random resident"
@@ -28,7 +28,7 @@ class Setting(NamedTuple):
     resident: int
     """Number of resident experts."""
     threshold: float = float("nan")
-    """Inner FVU above which tokens are skipped; NaN where that is no question."""
+    """Inner FVU of the route above which tokens are skipped; NaN where there are no routes."""
     draw: int = 0
     """Number of the random choice."""
 
@@ -75,36 +75,41 @@ def _at_budget(
     options: RerouteOptions,
 ) -> dict[Setting, Way]:
     absent, number = [expert for expert in used if expert not in resident], len(resident)
-    nearest = _routes(likeness, absent, lambda source: resident)
-    own = _routes(likeness, absent, lambda source: [r for r in resident if r.layer == source.layer])
-    found = {
-        Setting(ANY_LAYER, number, threshold): _through_adapters(
-            fits, absent, _within(likeness, nearest, threshold)
-        )
-        for threshold in options.thresholds
-    }
-    found[Setting(SAME_LAYER, number)] = _through_adapters(fits, absent, own)
     random = np.random.default_rng([options.seed, number])
+    near = {r: [other for other in resident if other.layer == r.layer] for r in absent}
+    routes = {
+        (ANY_LAYER, 0): _nearest(likeness, dict.fromkeys(absent, resident)),
+        (SAME_LAYER, 0): _nearest(likeness, near),
+    }
     for draw in range(options.random):
-        drawn = {source: resident[int(random.integers(number))] for source in absent}
-        found[Setting(RANDOM, number, draw=draw)] = _through_adapters(fits, absent, drawn)
-    found[Setting(SKIPPED, number)] = _through_adapters(fits, absent, {})
+        ends = random.integers(number, size=len(absent)).tolist()
+        routes[RANDOM, draw] = {e: resident[end] for e, end in zip(absent, ends, strict=True)}
+    found = dict[Setting, Way]()
+    for (way, draw), every in routes.items():
+        # The others go by the threshold that they are compared at.
+        for threshold in options.thresholds if way == ANY_LAYER else options.thresholds[:1]:
+            kept = _within(likeness, every, threshold)
+            found[Setting(way, number, threshold, draw)] = _rerouted(fits, absent, kept)
+    found[Setting(SKIPPED, number)] = _rerouted(fits, absent, {})
     if all(groups_of(layer) == 1 for layer in fits.material.model.layers):
         found[Setting(ROUTER, number)] = _masked(fits, absent, used)
-    found[Setting(LINEAR, number)] = _linear(fits, absent)
-    found[Setting(MEAN, number)] = _mean(fits, absent)
+    for way, by in ((LINEAR, linear_maps), (MEAN, mean_outputs)):
+        instead = by(fits, absent)
+        found[Setting(way, number)] = Way(
+            change=instead.change, rerouted=absent, parameters=instead.parameters
+        )
     return found
 
 
-def _routes(
-    likeness: Likeness, absent: Sequence[Source], offered: Callable[[Source], Sequence[Source]]
+def _nearest(
+    likeness: Likeness, offered: Mapping[Source, Sequence[Source]]
 ) -> dict[Source, Source]:
     """For each the expert of those on offer with the least inner FVU in its place."""
     index = {expert: i for i, expert in enumerate(likeness.experts)}
     return {
         source: min(choice, key=lambda target: likeness.inner_fvu[index[source], index[target]])
-        for source in absent
-        if (choice := offered(source))
+        for source, choice in offered.items()
+        if choice
     }
 
 
@@ -119,25 +124,17 @@ def _within(
     }
 
 
-def _through_adapters(fits: Fits, absent: Sequence[Source], routes: Mapping[Source, Source]) -> Way:
+def _rerouted(fits: Fits, absent: Sequence[Source], routes: Mapping[Source, Source]) -> Way:
     """Tokens of those with a route go to its end through its adapter, the others are skipped."""
-    fitted = list(_fitted(fits, routes))
     skipped = [expert for expert in absent if expert not in routes]
+    behind, mute = through_adapters(fits, routes), nothing(fits, skipped)
     return Way(
-        change=lambda: entered(
-            [*map(fits.substituting, fitted), *(_nothing(fits, expert) for expert in skipped)]
-        ),
+        change=lambda: entered([*behind.changes(), *mute.changes()]),
         skipped=skipped,
         rerouted=list(routes),
         routes=routes,
-        parameters=sum(each.adapter.num_parameters for each in fitted if each.adapter is not None),
+        parameters=behind.parameters,
     )
-
-
-def _fitted(fits: Fits, routes: Mapping[Source, Source]) -> Iterator[Fitted]:
-    for source, end in routes.items():
-        target = Target(*end)
-        yield fits.between(source, [target])[target]
 
 
 def _masked(fits: Fits, absent: Sequence[Source], used: Mapping[Source, int]) -> Way:
@@ -157,35 +154,9 @@ def _masked(fits: Fits, absent: Sequence[Source], used: Mapping[Source, int]) ->
         change=lambda: entered(
             [
                 *(mask_experts(layer, experts) for layer, experts in numbers.items()),
-                *(_nothing(fits, expert) for expert in skipped),
+                *nothing(fits, skipped).changes(),
             ]
         ),
         skipped=skipped,
         rerouted=masked,
     )
-
-
-def _linear(fits: Fits, absent: Sequence[Source]) -> Way:
-    maps = {source: fits.linear(source) for source in absent}
-    return Way(
-        change=lambda: entered([substitute(_expert(fits, s), None, a) for s, a in maps.items()]),
-        rerouted=absent,
-        parameters=sum(adapter.num_parameters for adapter in maps.values()),
-    )
-
-
-def _mean(fits: Fits, absent: Sequence[Source]) -> Way:
-    means = {source: fits.mean(source) for source in absent}
-    return Way(
-        change=lambda: entered([replace_output(_expert(fits, s), m) for s, m in means.items()]),
-        rerouted=absent,
-        parameters=sum(mean.numel() for mean in means.values()),
-    )
-
-
-def _nothing(fits: Fits, expert: Source) -> AbstractContextManager[None]:
-    return replace_output(_expert(fits, expert), 0.0)
-
-
-def _expert(fits: Fits, of: Source) -> Expert:
-    return fits.material.model.layer(of.layer), of.expert

@@ -1,8 +1,12 @@
 """Figures of the analysis `clusters`: who is like whom, which cuts are good, and what they cost."""
 
+from collections.abc import Mapping
+
 import altair as alt
 import pandas as pd
 
+from moescope.reports.figures.clusters_losses import shared
+from moescope.reports.figures.clusters_stability import again
 from moescope.reports.marks import label, tip
 from moescope.reports.panels import Panels
 from moescope.reports.registry import Figure, figures
@@ -11,8 +15,9 @@ from moescope.runs import Result
 COLUMNS = {
     "clusters, kept": "Number of clusters that the tree is cut into; each keeps one expert.",
     "silhouette": "Mean silhouette of the experts at that cut; 1: tight clusters far apart.",
-    "null_mean, null_high": "Of silhouettes: mean and 95% quantile with the distances dealt out to "
-    "pairs at random. Of Rand indices: with the experts of one clustering permuted.",
+    "null_mean, null_high": "Mean and 95% quantile with the errors of each expert dealt out to the "
+    "others at random, so that how easy each is to imitate and how well each imitates stay; of "
+    "Rand indices, in one of the two clusterings.",
     "could_go": "Experts that their cluster does not keep.",
     "fvu, fvu_median, fvu_worst": "Error of who stands in, behind its adapter, over the spread of "
     "the outputs, on held-out documents; 1: as bad as a constant.",
@@ -26,12 +31,11 @@ COLUMNS = {
     "variant": "How the model is made smaller; see docs/clusters.md.",
     "of_parameters": "Parameters of its experts, adapters and maps over those of all experts.",
     "difference": "Loss minus that of the model as it is, or of the other variant.",
-    "p_corrected, verdict": "After Holm's correction for all rows of the table.",
+    "least, most": "Of the difference, over the draws of random clusters.",
+    "p_corrected, verdict": "After Holm's correction for all rows of the table; of random "
+    "clusters, for other documents and for one more draw.",
 }
-_RISE = "rise of the loss (nats per token)"
 _EXPERTS = "experts, in the order of the tree"
-_STEP = 0.003
-"""Share of the parameters between two dots that would hide each other."""
 
 
 @figures(
@@ -46,8 +50,8 @@ def draw(result: Result) -> list[Figure]:
     return [
         _matrix(result.tables["pairs"], result.tables["members"]),
         _cuts(result.table),
-        *([_stability(stability)] if len(stability) else []),
-        _shared(result.tables["shared"]),
+        *([again(stability)] if "other documents" in set(stability["comparison"]) else []),
+        shared(result.tables["shared"]),
     ]
 
 
@@ -97,24 +101,15 @@ def _matrix(pairs: pd.DataFrame, members: pd.DataFrame) -> Figure:
 
 
 def _cuts(table: pd.DataFrame) -> Figure:
-    names = {"silhouette": "these distances", "null_high": "dealt out at random, 95% quantile"}
-    lines = table.melt(["clusters", "n_experts"], list(names), "series", "value")
-    lines["series"] = lines["series"].map(names)
-    lines["heading"] = "silhouette"
+    names = {"silhouette": "these distances", "null_high": "errors dealt out, 95% quantile"}
     errors = {
         "fvu_median": "who stands in (median)",
         "fvu_worst": "who stands in (worst)",
         "linear_median": "linear map, no expert (median)",
     }
-    fvu = table.melt(["clusters", "n_experts"], list(errors), "series", "value")
-    fvu["series"] = fvu["series"].map(errors)
-    fvu["heading"] = "FVU on held-out documents"
     views = [
-        _lines(frame, list(series.values()), title)
-        for frame, series, title in (
-            (lines, names, "silhouette"),
-            (fvu, errors, "FVU on held-out documents"),
-        )
+        _lines(table, series, title)
+        for series, title in ((names, "silhouette"), (errors, "FVU on held-out documents"))
     ]
     chart = alt.concat(*views).resolve_scale(color="independent")
     size = int(table["n_experts"].iloc[0])
@@ -122,19 +117,23 @@ def _cuts(table: pd.DataFrame) -> Figure:
         name="clusters-cuts",
         title="Into how many clusters do the experts fall, and could the others go?",
         how_to_read=f"The tree of {size} experts is cut into as many clusters as written below. "
-        "First panel: mean silhouette, and what 95% of random distances stay below. Second panel: "
-        "error of the experts that each cluster keeps, behind their adapters, in the place of "
-        "those that it does not, on held-out documents; 1 is as bad as a constant.",
-        limits="A silhouette above that of random distances may come from a few experts that are "
-        "hard to imitate. The errors are those of single experts: what it costs to replace many "
-        "at once is the loss below.",
+        "First panel: mean silhouette, and the 95% quantile with the errors of each expert dealt "
+        "out to the others at random. Second panel: error of the experts that each cluster keeps, "
+        "behind their adapters, in the place of those that it does not, on held-out documents; 1 "
+        "is as bad as a constant.",
+        limits="A silhouette above the other line says that some experts are more alike than how "
+        "easy they are to imitate explains, not that they do the same. The errors are those of "
+        "single experts: what it costs to replace many at once is the loss below.",
         chart=chart,
         panels=Panels(count=2, minimum=260, preferred=360),
         table=table,
     )
 
 
-def _lines(frame: pd.DataFrame, order: list[str], title: str) -> alt.Chart:
+def _lines(table: pd.DataFrame, series: Mapping[str, str], title: str) -> alt.Chart:
+    """One line per column in `series`, called what stands there."""
+    frame = table.melt(["clusters", "n_experts"], list(series), "series", "value")
+    frame["series"] = frame["series"].map(series)
     scale = alt.Scale(nice=False, zero=False)
     chart: alt.Chart = (
         alt.Chart(frame)
@@ -145,7 +144,7 @@ def _lines(frame: pd.DataFrame, order: list[str], title: str) -> alt.Chart:
             alt.Color(
                 "series:N",
                 title=None,
-                scale=alt.Scale(domain=order, range="category"),
+                scale=alt.Scale(domain=list(series.values()), range="category"),
                 legend=alt.Legend(columns=1, symbolType="circle", orient="top", labelLimit=300),
             ),
             tooltip=[
@@ -158,121 +157,3 @@ def _lines(frame: pd.DataFrame, order: list[str], title: str) -> alt.Chart:
         .properties(height=200)
     )
     return chart
-
-
-def _stability(table: pd.DataFrame) -> Figure:
-    order = table["comparison"].unique().tolist()
-    colour = alt.Color(
-        "comparison:N",
-        title="clustered again with",
-        scale=alt.Scale(domain=order, range="category"),
-        legend=alt.Legend(columns=3, symbolType="circle"),
-    )
-    own = table[table["comparison"] == order[0]]
-    scale = alt.Scale(nice=False, zero=False)
-    x = alt.X("clusters:Q", title="clusters", scale=scale, axis=alt.Axis(tickMinStep=1))
-    band = (
-        alt.Chart(own)
-        .mark_line(strokeDash=[4, 3], opacity=0.7)
-        .encode(
-            x,
-            alt.Y("null_high:Q"),
-            tooltip=[tip("null_high", "95% quantile under permuted experts")],
-        )
-    )
-    lines = (
-        alt.Chart(table)
-        .mark_line(point=alt.OverlayMarkDef(size=22))
-        .encode(
-            x,
-            alt.Y("ari:Q", title="adjusted Rand index"),
-            colour,
-            alt.Detail("draw:N"),
-            tooltip=[
-                label("comparison", "with"),
-                tip("draw", "random choice", "d"),
-                tip("clusters", "clusters", "d"),
-                tip("ari", "adjusted Rand index"),
-                tip("p_value", "p under permuted experts"),
-                tip("n_experts", "experts", "d"),
-            ],
-        )
-    )
-    best = own[own["chosen"]].iloc[0]
-    return Figure(
-        name="clusters-stability",
-        title="Are they the same clusters on other text?",
-        how_to_read=f"{int(best['n_experts'])} experts are clustered twice; 1 says that both "
-        "clusterings are the same, 0 that they agree as chance would. Other documents: disjoint "
-        "halves of the training documents. Other seed: all of them, with another seed of the "
-        "fits. Random experts: the second half, with random experts in the place of all targets; "
-        "what agrees there is not due to what the experts do. Dashed: the 95% quantile with "
-        f"experts permuted. By silhouette the first half falls into {int(best['clusters'])}.",
-        limits="With few experts the index jumps. Only the comparison at the number of clusters "
-        "with the largest silhouette was chosen beforehand.",
-        chart=alt.layer(band, lines).properties(height=230),
-        panels=Panels(minimum=320, preferred=620),
-    )
-
-
-def _shared(table: pd.DataFrame) -> Figure:
-    rows = table[table["domain"] == "all"]
-    order = rows["variant"].unique().tolist()
-    measured = ["difference", "difference_low", "difference_high", "of_parameters", "experts"]
-    counts = ["n_tokens", "n_documents"]
-    frame = rows.groupby(["variant", "kept"], sort=False, as_index=False).agg(
-        dict.fromkeys([*measured, *counts], "mean") | {"draw": "count"}
-    )
-    place = frame["variant"].map(order.index) - (len(order) - 1) / 2
-    frame["shown"] = frame["of_parameters"] + _STEP * place
-    x = alt.X(
-        "shown:Q",
-        title="parameters of experts, adapters and maps, against all experts",
-        scale=alt.Scale(zero=False, padding=14),
-        axis=alt.Axis(format=".0%", tickCount=8),
-    )
-    colour = alt.Color(
-        "variant:N",
-        title=None,
-        scale=alt.Scale(domain=order, range="category"),
-        legend=alt.Legend(columns=3, symbolType="circle"),
-    )
-    base = alt.Chart(frame)
-    scale = alt.Scale(type="symlog", constant=0.1, nice=False, padding=8)
-    spread = base.mark_rule(opacity=0.5, tooltip=None).encode(
-        x, alt.Y("difference_low:Q", scale=scale), alt.Y2("difference_high:Q"), colour
-    )
-    points = base.mark_point(filled=True, opacity=1, size=42).encode(
-        x,
-        alt.Y("difference:Q", title=_RISE, scale=scale),
-        colour,
-        tooltip=[
-            label("variant", "variant"),
-            tip("kept", "clusters", "d"),
-            tip("experts", "experts kept", "d"),
-            tip("draw", "random choices", "d"),
-            tip("of_parameters", "parameters", ".1%"),
-            tip("difference", _RISE),
-            tip("difference_low", "from"),
-            tip("difference_high", "to"),
-            tip("n_tokens", "tokens", ","),
-            tip("n_documents", "documents", ","),
-        ],
-    )
-    zero = base.mark_rule(style="reference", tooltip=None).encode(y=alt.datum(0))
-    return Figure(
-        name="clusters-shared",
-        title="What is lost when clusters share an expert?",
-        how_to_read="A dot is a model in which every cluster keeps one expert, and the others are "
-        "this one behind an adapter: across (what it takes to store), the rise of the loss on "
-        "held-out documents up, with 95% intervals over documents; of random clusters the means "
-        "over draws. Dots that take as much stand side by side. Merged: experts of a layer "
-        "averaged (HC-SMoE), as many as the same parameters pay for. Linear maps and mean outputs "
-        "take the place of the same experts, with no expert behind them. The scale widens around "
-        "zero.",
-        limits="Nothing was trained after sharing but the adapters, one by one, on the model as it "
-        "is. Paired differences of the variants are in the table `against`.",
-        chart=alt.layer(zero, spread, points).properties(height=280),
-        panels=Panels(minimum=340, preferred=700),
-        table=rows,
-    )
