@@ -1,4 +1,4 @@
-from itertools import combinations
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -21,7 +21,9 @@ from moescope.analyses.damage.correlation import (
 from moescope.analyses.damage.findings import findings
 from moescope.analyses.damage.measures import linear_cka, mean_weights
 from moescope.analyses.damage.options import DamageOptions
-from moescope.analyses.damage.trials import draw_pairs, experts_of
+from moescope.analyses.damage.tables import by_kind
+from moescope.analyses.damage.trials import Trial, draw_pairs, experts_of
+from moescope.analyses.fits import Source
 from moescope.analyses.losses import Losses
 from moescope.analyses.material import Material
 from moescope.corpora.packing import Packing
@@ -180,38 +182,34 @@ def test_substitutions_are_measured_where_adapters_can_be_fitted(tmp_path):
         assert figure.specification()["datasets"]
 
 
-def units(strata, members=None):
-    strata = np.asarray(strata)
-    members = np.eye(len(strata), dtype=bool) if members is None else np.asarray(members)
-    return strata, members
+def of(values, strata, noise=0.0, random=None, tastes=0.0):
+    """Damage measured on 32 documents, with noise about each of their values.
 
-
-def of(values, strata, members=None, groups=0, noise=0.0, random=None):
-    strata, members = units(strata, members)
-    estimates = np.tile(values, (1 + groups, 1))
-    if noise:
-        estimates[1:] += noise * random.normal(size=(groups, len(values)))
-    return Damage(estimates=estimates, strata=strata, members=members)
+    Each document may have a value, or values, of its own beside that.
+    """
+    rises = values + tastes + noise * (random or np.random).normal(size=(32, len(values)))
+    drawn = np.random.default_rng(0).multinomial(32, np.full(32, 1 / 32), size=100)
+    estimates = np.concatenate([np.ones((1, 32)), drawn]) @ rises / 32
+    return Damage(estimates=estimates, strata=np.asarray(strata), documents=32)
 
 
 def test_correlations_are_spearmans():
     random = np.random.default_rng(0)
     one, other = random.integers(0, 6, size=(2, 20)).astype(float)
-    known = np.ones(20, dtype=bool)
-    found = correlation(one, of(other, [0] * 20), known)
+    found = correlation(one, of(other, [0] * 20))
     assert found.value == pytest.approx(spearmanr(one, other).statistic)
+    np.testing.assert_allclose(found.resampled, found.value)
     for e in (0, 7, 19):
         rest = np.delete(one, e), np.delete(other, e)
-        assert found.without_experts[e] == pytest.approx(spearmanr(*rest).statistic)
+        assert found.without[e] == pytest.approx(spearmanr(*rest).statistic)
     strata = np.repeat([0, 1, 2, 3], 5)
     ranks = [np.concatenate([rankdata(v[strata == s]) - 3 for s in range(4)]) for v in (one, other)]
     expected = np.corrcoef(*ranks)[0, 1]
     assert rank_correlation(one, other, strata) == pytest.approx(expected)
-    one[3] = np.nan
-    known = np.isfinite(one)
-    found = correlation(one, of(other, [0] * 20), known)
-    assert found.value == pytest.approx(spearmanr(one[known], other[known]).statistic)
-    assert len(found.without_experts) == 19
+    left_out = correlation(one, of(other, strata)).without[7]
+    kept = np.arange(20) != 7
+    assert left_out == pytest.approx(rank_correlation(one[kept], other[kept], strata[kept]))
+    assert len(correlation(one[kept], of(other, [0] * 20).where(kept)).without) == 19
 
 
 def test_depth_alone_is_no_correlation_within_layers():
@@ -222,62 +220,34 @@ def test_depth_alone_is_no_correlation_within_layers():
     assert abs(rank_correlation(one, other, strata)) < 0.4
 
 
-def test_pairs_are_left_out_with_their_experts():
-    members = np.array([[1, 1, 0], [1, 0, 1], [0, 1, 1]], dtype=bool)
-    members = np.concatenate([members, np.ones((0, 3), dtype=bool)])
-    values = np.array([1.0, 2.0, 3.0])
-    found = correlation(values, of(values, [0, 0, 0], members), np.ones(3, dtype=bool))
-    assert found.shared
-    assert np.isnan(found.without_experts).all()  # one pair is left each time
-    np.testing.assert_allclose(found.without_changes, 1)
-    assert interval(found, 0.5).status == "undefined"
-
-
 def test_p_values_are_uniform_where_labels_are_permuted():
     random = np.random.default_rng(2)
     strata = np.repeat(np.arange(3), 8)
     measure = random.normal(size=24) + strata
     damage_of = np.exp(random.normal(size=24) + 3 * strata)
-    known = np.ones(24, dtype=bool)
     p_values = []
     for draw in range(400):
         order = np.concatenate([random.permutation(np.flatnonzero(strata == s)) for s in range(3)])
-        p_values.append(permuted(measure, of(damage_of[order], strata), known, draw))
+        found = of(damage_of[order], strata)
+        p_values.append(permuted(correlation(measure, found), measure, found, draw))
     assert kstest(p_values, "uniform").pvalue > 0.01
     assert 0.025 < np.mean(np.array(p_values) <= 0.05) < 0.08
 
 
-def simulated(random, strength, shared):
-    """Documents of noise about a damage that follows a measure; pairs share experts.
-
-    Six layers of eight experts: each expert once, or 15 draws of four pairs.
-    """
-    strata, members = np.repeat(np.arange(6), 8), None
-    own, other = random.normal(size=(2, 48))
-    measure, damage_of = own, other
-    if shared:
-        strata, members = np.repeat(np.arange(15), 4), np.zeros((48, 60), dtype=bool)
-        layers = list(combinations(range(6), 2))
-        pairs = np.concatenate(
-            [[8 * layer + random.permutation(8)[:4] for layer in two] for two in layers], axis=1
-        )
-        members[pairs, np.arange(60)] = True
-        measure = own[pairs].sum(0) + random.normal(size=60)
-        damage_of = other[pairs].sum(0) + random.normal(size=60)
-    damage_of = damage_of + strength * measure
-    return measure, of(damage_of, strata, members, groups=32, noise=0.02, random=random)
-
-
-@pytest.mark.parametrize("shared", [False, True])
-def test_intervals_cover_and_tests_do_not_find_what_is_not_there(shared):
+@pytest.mark.parametrize(("changes", "together"), [(48, 8), (24, 4)])
+@pytest.mark.parametrize("taste", [0, 2])
+def test_intervals_cover_and_tests_do_not_find_what_is_not_there(changes, together, taste):
+    """Documents may differ in what they ask of experts: then the measure matters in some only."""
     random = np.random.default_rng(3)
+    strata = np.arange(changes) // together
     inside, clear, seen = 0, 0, 0
     for strength, draws in ((0.0, 200), (2.0, 40)):
         for draw in range(draws):
-            measure, found = simulated(random, strength, shared)
-            known = np.ones(len(measure), dtype=bool)
-            p_value = permuted(measure, found, known, draw)
-            one = interval(correlation(measure, found, known), p_value)
+            measure, other = random.normal(size=(2, changes))
+            tastes = taste * random.normal(size=(32, 1)) * measure
+            found = of(other + strength * measure, strata, 0.5, random, tastes)
+            estimates = correlation(measure, found)
+            one = interval(estimates, permuted(estimates, measure, found, draw))
             assert one.status == "ok"
             if strength:
                 seen += one.low > 0 and one.p_value <= 0.05
@@ -286,17 +256,15 @@ def test_intervals_cover_and_tests_do_not_find_what_is_not_there(shared):
                 clear += one.p_value <= 0.05
     assert inside >= 186
     assert clear <= 16
-    assert seen >= 36
+    assert seen >= 25
 
 
 def test_differences_of_measures_are_paired():
     random = np.random.default_rng(4)
     truth = random.normal(size=24)
-    found = of(truth, np.repeat(np.arange(3), 8), groups=32, noise=0.01, random=random)
-    known = np.ones(24, dtype=bool)
+    found = of(truth, np.repeat(np.arange(3), 8), noise=0.06, random=random)
     good, near, bad = (
-        correlation(truth + noise * random.normal(size=24), found, known)
-        for noise in (0.3, 0.31, 30.0)
+        correlation(truth + noise * random.normal(size=24), found) for noise in (0.3, 0.31, 30.0)
     )
     one = difference(good, bad)
     assert one.value == pytest.approx(good.value - bad.value)
@@ -305,6 +273,15 @@ def test_differences_of_measures_are_paired():
     assert difference(good, near).low < 0 < difference(good, near).high
     same = difference(good, good)
     assert (same.value, same.low, same.high, same.p_value) == (0, 0, 0, 1)
+
+
+def test_few_changes_or_documents_give_no_interval():
+    values = np.arange(4.0)
+    assert interval(correlation(values, of(values, [0] * 4)), 0.5).status == "few_changes"
+    few = replace(of(np.arange(8.0), [0] * 8), documents=20)
+    assert interval(correlation(np.arange(8.0), few), 0.5).status == "few_documents"
+    flat = correlation(np.ones(8), of(np.arange(8.0), [0] * 8))
+    assert interval(flat, 0.5).status == "undefined"
 
 
 def test_linear_cka_is_that_of_its_definition():
@@ -319,20 +296,35 @@ def test_linear_cka_is_that_of_its_definition():
     assert linear_cka(one, other) == pytest.approx(float(expected), rel=1e-4)
 
 
-def test_pairs_of_one_draw_share_no_expert():
+def test_no_expert_comes_in_two_pairs():
     model = load(models_zoo.build("mixtral"))
-    pairs = draw_pairs(model, experts_of(model), 21, 0)
-    assert len(pairs) == 21
-    assert len({frozenset(pair[:2]) for pair in pairs}) == 21
-    for draw in {pair.draw for pair in pairs}:
-        some = [expert for pair in pairs if pair.draw == draw for expert in pair[:2]]
-        assert len(set(some)) == len(some)
-        assert len({(pair.one.layer, pair.other.layer) for pair in pairs if pair.draw == draw}) == 1
-    assert (
-        pairs
-        == draw_pairs(model, experts_of(model), 21, 0)
-        != draw_pairs(model, experts_of(model), 21, 1)
+    experts = experts_of(model)
+    pairs = draw_pairs(model, experts, 60, 0)
+    assert len(pairs) == len(experts) // 2 == 8
+    assert len({expert for pair in pairs for expert in pair[:2]}) == 16
+    for draw in (0, 1):
+        some = [pair for pair in pairs if pair.draw == draw]
+        assert len(some) == 4
+        assert len({(pair.one.layer, pair.other.layer) for pair in some}) == 1
+    assert pairs[:5] == draw_pairs(model, experts, 5, 0)
+    assert pairs != draw_pairs(model, experts, 60, 1)
+    within = draw_pairs(model, experts[:8], 60, 0)
+    assert len({expert for pair in within for expert in pair[:2]}) == 8
+
+
+def test_measures_stay_with_their_experts_where_some_cannot_be_masked():
+    experts = [Source(0, 0), Source(0, 1), *(Source(1, e) for e in range(4))]
+    places = [Trial("mask", one) for one in experts[2:]]
+    index = pd.MultiIndex.from_tuples([("a", 0), ("a", 1)], names=["domain", "document"])
+    losses = {
+        trial: pd.DataFrame({"tokens": 5, "difference": float(trial.one.expert)}, index=index)
+        for trial in places
+    }
+    frame = pd.DataFrame(
+        {"frequency": [70.0, 71, 10, 11, 12, 13]}, index=[str(one) for one in experts]
     )
+    (found,) = by_kind(places, losses, {"mask": frame})
+    assert found.measures["frequency"].tolist() == [10, 11, 12, 13]
 
 
 def test_findings_call_nothing_a_difference_that_is_none(result):

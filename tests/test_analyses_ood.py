@@ -1,3 +1,5 @@
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,7 +12,7 @@ from moescope.analyses.material import Material
 from moescope.analyses.ood import fits as fits_module
 from moescope.analyses.ood.analysis import ood
 from moescope.analyses.ood.findings import findings
-from moescope.analyses.ood.matrices import ELSEWHERE, Matrix, _limits, _ratios
+from moescope.analyses.ood.matrices import ELSEWHERE, Matrix
 from moescope.analyses.ood.options import OodOptions
 from moescope.analyses.ood.split import Sample, Work, halves
 from moescope.corpora.packing import Packing
@@ -23,15 +25,15 @@ from moescope.reports.registry import chapter
 
 HALF = models_zoo.VOCABULARY // 2
 PACKING = Packing(length=20, rows=32, packed=False)
-PLANTED = {"source": 0, "target": 1, "source_experts": (0,), "target_experts": (0, 1)}
+PLANTED = {"source": 0, "target": 1, "source_experts": (0, 1), "target_experts": (0, 1)}
 
 
 @torch.no_grad()
 def planted():
-    """Expert 0 of layer 1 can do the work of expert 0 of layer 0 on domain "a", not on "b".
+    """Expert 0 of layer 1 can do the work of experts 0 and 1 of layer 0 on domain "a", not on "b".
 
-    Tokens of the two lie in spaces of their own. What both experts make of "a" is the same; what
-    the first makes of "b" lies where the second cannot write.
+    These two are the same. Tokens of the domains lie in spaces of their own. What all three make of
+    "a" is the same; what the first two make of "b" lies where the third cannot write.
     """
     model = load(models_zoo.build("mixtral"))
     random = torch.Generator().manual_seed(0)
@@ -54,6 +56,8 @@ def planted():
     weights = model.layers[0].expert_weights(0)
     weights.gate[8:, 8:16], weights.up[8:, 8:16] = other[:2]
     weights.down[24:, 8:] = 1e-3 * other[2]
+    twin = model.layers[0].expert_weights(1)
+    twin.gate[:], twin.up[:], twin.down[:] = weights.gate, weights.up, weights.down
     return model
 
 
@@ -96,6 +100,13 @@ def test_what_can_be_solved_in_one_domain_only_is(result):
     assert fvu("b", "b")["value_low"] > 0.9  # nothing that it writes is where it should be
     assert fvu("b", "a")["value_low"] > 0.5
     assert fvu("a", "b")["value_low"] > 0.9
+    less = cell(
+        result.tables["controls"], quantity="fvu", control="random", trained_on="same domain"
+    )
+    errors = result.table.query("quantity == 'fvu' and trained_on == tested_on")
+    means = errors.groupby("adapter")["value"].mean()
+    assert less["difference"] == pytest.approx(means["real"] - means["random"])
+    assert "At home the target behind an adapter differs" in result.findings[1].text
     lost = cell(
         result.tables["differences"], quantity="fvu", adapter="real", trained_on="b", tested_on="a"
     )
@@ -110,43 +121,49 @@ def test_errors_are_those_of_the_kept_adapters_over_the_variance_of_the_domain(r
     half = halves(capture, 0)
     kept = folder / result.provenance["adapters"]
     layer, target = model.layers
-    sums = np.zeros(2)
-    for tested in (0, 1):
-        adapter = Adapter.load(kept / f"L0E0-half{tested}-real-a.safetensors")
-        recorded = capture.expert_inputs(0, 0)
-        documents = capture.documents[recorded.tokens]
-        own = capture.document_domains[documents] == 1
-        outputs = layer.expert_weights(0)(recorded.values.float())
-        tests = own & (half[documents] == tested)
-        mean = outputs[own & (half[documents] != tested)].mean(0)
-        given = target.expert_weights(0)(adapter(recorded.values[tests].float()))
-        sums += [
-            float((given - outputs[tests]).square().sum()),
-            float((outputs[tests] - mean).square().sum()),
-        ]
+    ratios = []
+    for expert in (0, 1):
+        sums = np.zeros(2)
+        for tested in (0, 1):
+            adapter = Adapter.load(kept / f"L0E{expert}-half{tested}-real-a.safetensors")
+            recorded = capture.expert_inputs(0, expert)
+            documents = capture.documents[recorded.tokens]
+            own = capture.document_domains[documents] == 1
+            outputs = layer.expert_weights(expert)(recorded.values.float())
+            tests = own & (half[documents] == tested)
+            mean = outputs[own & (half[documents] != tested)].mean(0)
+            given = target.expert_weights(0)(adapter(recorded.values[tests].float()))
+            sums += [
+                float((given - outputs[tests]).square().sum()),
+                float((outputs[tests] - mean).square().sum()),
+            ]
+        ratios.append(sums[0] / sums[1])
     where = {"quantity": "fvu", "adapter": "real", "trained_on": "a", "tested_on": "b"}
-    assert cell(result.table, **where)["value"] == pytest.approx(sums[0] / sums[1], rel=1e-3)
+    assert cell(result.table, **where)["value"] == pytest.approx(np.mean(ratios), rel=1e-3)
     of_one = result.tables["pairs"]
-    where = {"adapter": "real", "trained_on": "a", "tested_on": "b"}
-    assert cell(of_one, **where)["fvu"] == pytest.approx(sums[0] / sums[1], rel=1e-3)
+    where = {"source": "L0E1", "adapter": "real", "trained_on": "a", "tested_on": "b"}
+    assert cell(of_one, **where)["fvu"] == pytest.approx(ratios[1], rel=1e-3)
 
 
 def test_losses_are_those_of_compare(run, result):
     folder, model = run
     half = halves(moescope.Capture(folder), 0)
     kept = folder / result.provenance["adapters"]
-    experts = [(layer, 0) for layer in model.layers]
-    sums = np.zeros(2)
+    layer, target = model.layers
+    sums = np.zeros((2, 2))
     for tested in (0, 1):
-        adapter = Adapter.load(kept / f"L0E0-half{tested}-real-b.safetensors")
-        change = {"one": lambda adapter=adapter: substitute(*experts, adapter)}
-        found = compare(model, text(), change, documents=half == tested)
-        row = cell(found, intervention="one", domain="a")
-        sums += [row["difference"] * row["n_tokens"], row["n_tokens"]]
+        changes = {}
+        for expert in (0, 1):
+            adapter = Adapter.load(kept / f"L0E{expert}-half{tested}-real-b.safetensors")
+            changes[str(expert)] = partial(substitute, (layer, expert), (target, 0), adapter)
+        found = compare(model, text(), changes, documents=half == tested)
+        for expert in (0, 1):
+            row = cell(found, intervention=str(expert), domain="a")
+            sums[expert] += [row["difference"] * row["n_tokens"], row["n_tokens"]]
     where = {"quantity": "loss", "adapter": "real", "trained_on": "b", "tested_on": "a"}
     row = cell(result.table, **where)
-    assert row["value"] == pytest.approx(sums[0] / sums[1], abs=1e-7)
-    assert row["n_tokens"] == sums[1]
+    assert row["value"] == pytest.approx((sums[:, 0] / sums[:, 1]).mean(), abs=1e-7)
+    assert row["n_tokens"] == sums[0, 1]
     assert set(result.table[result.table.adapter == "zero"].trained_on) == {"none"}
 
 
@@ -182,18 +199,24 @@ def test_it_goes_on_where_it_was_interrupted(run, result, monkeypatch):
         ood(folder, model=model, corpus=text(), random=1, max_train=80, **PLANTED)
 
 
-def sums(documents=40, sources=("x", "y"), seed=0):
+def sums(documents=40, sources=("x", "y"), seed=0, *, adapters=0.0, worse=1.0):
+    """Errors by document, each document in one half; adapters may differ for no reason."""
     random = np.random.default_rng(seed)
-    rows = [
-        {"source": source, "trained_on": trained, "tested_on": tested, "tokens": 5}
-        | {"document": document + 1_000 * (tested == "b")}
-        | {"error": random.gamma(2.0) * (1 + (trained != tested)), "total": random.gamma(4.0)}
-        for source in sources
-        for trained in ("a", "b", "all")
-        for tested in ("a", "b")
-        for document in range(documents)
-    ]
-    return pd.DataFrame(rows)
+    rows = []
+    for source in sources:
+        for half in (0, 1):
+            for trained in ("a", "b", "all"):
+                made = 1 + adapters * random.normal()
+                for tested in ("a", "b"):
+                    here = np.arange(half, documents, 2) + 1_000 * (tested == "b")
+                    own = made * (1 + worse * (trained != tested))
+                    rows.append(
+                        pd.DataFrame({"document": here})
+                        .assign(source=source, half=half, trained_on=trained, tested_on=tested)
+                        .assign(tokens=5, error=own * random.gamma(20.0, 1 / 20, len(here)))
+                        .assign(total=random.gamma(20.0, 1 / 20, len(here)))
+                    )
+    return pd.concat(rows, ignore_index=True)
 
 
 def test_cells_are_means_over_sources_of_ratios():
@@ -202,9 +225,13 @@ def test_cells_are_means_over_sources_of_ratios():
     here = frame[(frame.trained_on == "b") & (frame.tested_on == "a")].groupby("source")
     ratios = here["error"].sum() / here["total"].sum()
     assert matrix.cells["b", "a"][0] == pytest.approx(ratios.mean())
-    group = here.get_group("x")["document"].to_numpy() % 32 == 5
-    rest = [g[~group]["error"].sum() / g[~group]["total"].sum() for _, g in here]
-    assert matrix.cells["b", "a"][6] == pytest.approx(np.mean(rest))
+    rest = [own[own["document"] % 32 != 5] for _, own in here]
+    expected = [own["error"].sum() / own["total"].sum() for own in rest]
+    assert matrix.cells["b", "a"][6] == pytest.approx(np.mean(expected))
+    alone = here.get_group("y").query("half == 1")
+    expected = alone["error"].sum() / alone["total"].sum()
+    assert matrix.cells["b", "a"][-1] == pytest.approx(expected)
+    assert len(matrix.cells["b", "a"]) == 1 + 32 + 4
     elsewhere = cell(pd.DataFrame(matrix.differences()), trained_on=ELSEWHERE, tested_on="all")
     both = [matrix.cells["b", "a"][0] - matrix.cells["a", "a"][0]]
     both += [matrix.cells["a", "b"][0] - matrix.cells["b", "b"][0]]
@@ -212,17 +239,19 @@ def test_cells_are_means_over_sources_of_ratios():
     assert elsewhere["n_documents"] == 80
 
 
-def test_intervals_of_cells_cover():
-    random = np.random.default_rng(0)
-    group = np.arange(40) % 32
-    inside = 0
-    for _ in range(1_000):
-        rows = pd.DataFrame(
-            {"error": random.gamma(4.0, size=40), "total": random.gamma(4.0, size=40)}
-        )
-        low, high = _limits(_ratios(rows, group, "error", "total"), 40)
-        inside += low <= 1 <= high
-    assert 930 <= inside <= 970
+def test_domains_that_are_equal_are_not_told_apart():
+    """Two adapters of one domain differ: documents alone would tell half of the domains apart."""
+    found = []
+    for seed in range(60):
+        frame = sums(seed=seed, sources=("x", "y", "z"), adapters=0.1, worse=0.0)
+        rows = pd.DataFrame(Matrix.of(frame, ["a", "b"], "error", "total").differences())
+        found.append(cell(rows, trained_on="b", tested_on="a"))
+    assert np.sum([row["p_value"] <= 0.05 for row in found]) <= 6
+    inside = [row["difference_low"] <= 0 <= row["difference_high"] for row in found]
+    assert np.sum(inside) >= 54
+    frame = sums(seed=1, sources=("x", "y", "z"), adapters=0.1, worse=1.0)
+    rows = pd.DataFrame(Matrix.of(frame, ["a", "b"], "error", "total").differences())
+    assert cell(rows, trained_on="b", tested_on="a")["p_corrected"] <= 0.05
 
 
 def test_few_documents_give_no_intervals():
@@ -253,9 +282,27 @@ def test_the_target_is_chosen_and_sources_need_tokens(run, result):
     assert set(result.tables["pairs"].targets) == {"0"}
     with pytest.raises(CaptureError, match="too few tokens"):
         ood(folder, model=model, corpus=text(), source=0, target=1, source_experts=(5,))
+    with pytest.raises(OptionError, match="hold none of"):
+        ood(folder, model=model, corpus=text(), random=1, **PLANTED | {"tokens": 2})
     found = ood(folder, model=model, corpus=text(), random=1, losses=False, **PLANTED)
     assert set(found.table.quantity) == {"fvu"}
     assert len(chapter("ood").draw(found)) == 2
+
+
+def test_no_expert_stands_in_for_itself(run):
+    folder, model = run
+    options = {
+        **PLANTED,
+        "source_experts": (0,),
+        "target": 0,
+        "random": 1,
+        "losses": False,
+        "max_train": 64,
+    }
+    found = ood(folder, model=model, corpus=text(), **options)
+    assert set(found.tables["pairs"].targets) == {"1"}
+    with pytest.raises(OptionError, match="but itself"):
+        ood(folder, model=model, corpus=text(), **{**options, "target_experts": (0,)})
 
 
 def test_encoder_decoder_models_are_refused(run, monkeypatch):

@@ -1,5 +1,6 @@
 """Which measure of experts foretells what their removal, swap or replacement costs."""
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -16,14 +17,14 @@ from moescope.analyses.damage.tables import (
     reliability_table,
 )
 from moescope.analyses.damage.trials import Trial, change, draw_pairs, experts_of, trials
-from moescope.analyses.fits import Fits
+from moescope.analyses.fits import FITS_VERSION, Fits
 from moescope.analyses.losses import Losses
 from moescope.analyses.material import Material
 from moescope.analyses.registry import analysis
 from moescope.analyses.work import parameters_met
 from moescope.corpora.packing import Batch
 from moescope.corpora.rows import rows_in_turn
-from moescope.errors import ModelError, OptionError
+from moescope.errors import ModelError
 from moescope.evaluate.predictions import require_decoder_only
 from moescope.evaluate.totals import Resampling
 from moescope.models.view import MoEModel
@@ -38,10 +39,11 @@ _LOSSES_VERSION = 1
 
 def _work(model: MoEModel, options: DamageOptions) -> float:
     experts = sum(layer.num_experts for layer in model.layers)
-    passes = 2 * experts + 2 * options.pairs + options.measure_tokens / options.tokens
+    pairs = min(options.pairs, experts // 2)
+    passes = 2 * experts + 2 * pairs + options.measure_tokens / options.tokens
     width = max(3 * layer.hidden_size * layer.intermediate_size for layer in model.layers)
     solver = options.fit_options().solver
-    fits = (experts * options.targets + 2 * options.pairs) * solver.steps * solver.batch_tokens
+    fits = (experts * options.targets + 2 * pairs) * solver.steps * solver.batch_tokens
     return 2.0 * passes * options.tokens * parameters_met(model) + 6.0 * fits * width
 
 
@@ -75,7 +77,7 @@ def damage(material: Material, options: DamageOptions) -> Result:
     )
     batches = _rows(fits, options.tokens, held_out=True)
     key = {
-        "version": _LOSSES_VERSION,
+        "version": [_LOSSES_VERSION, FITS_VERSION],
         "capture": material.capture.digest,
         "held_out": fits.tokens.held_out.tolist(),
         "tokens": options.tokens,
@@ -102,7 +104,7 @@ def damage(material: Material, options: DamageOptions) -> Result:
     return Result(
         name="damage",
         tables=tables,
-        findings=findings(tables, len(planned) - len(found)),
+        findings=findings(tables, Counter(t.kind for t in planned if t not in found)),
         provenance={"seed": options.seed},
     )
 
@@ -112,7 +114,7 @@ def _made(planned: Sequence[Trial], fits: Fits, losses: Losses) -> dict[Trial, p
     found = {}
     for trial in track(planned, "damage: losses"):
         if (made := change(trial, fits)) is not None:
-            with suppress(ModelError, OptionError):
+            with suppress(ModelError):
                 found[trial] = losses.of(trial.name, made)
     return found
 

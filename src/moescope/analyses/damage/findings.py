@@ -19,34 +19,41 @@ DONE = {
 """Kinds of change, in words."""
 
 
-def findings(tables: Mapping[str, pd.DataFrame], refused: int = 0) -> list[Finding]:
+def findings(
+    tables: Mapping[str, pd.DataFrame], refused: Mapping[str, int] | None = None
+) -> list[Finding]:
     """For each kind of change: what foretells it, and what is not shown to be better.
 
     Args:
         tables: Of the result.
-        refused: Changes that could not be made.
+        refused: How many changes of a kind could not be made.
     """
     table = tables["damage"]
     if table.empty:
         return [Finding(text="There are too few changes to put in order.")]
     kinds = list(dict.fromkeys(table["kind"]))
     found = [_best(kind, tables) for kind in kinds]
-    found += [_settled(tables["reliability"]), _depth(table)]
+    found.append(_settled(tables["reliability"]))
+    if table["p_corrected"].notna().any():
+        found.append(_depth(table))
     if tables["changes"]["n_documents"].iloc[0] < FEWEST_UNITS:
         text = f"There are no intervals: losses are of fewer than {FEWEST_UNITS} documents."
         found.append(Finding(text=text))
     if refused:
+        said = ", ".join(f"{DONE[kind].lower()} {number}" for kind, number in refused.items())
         text = (
-            f"{refused} changes could not be made and are left out: for want of tokens to fit an "
-            "adapter on, or because the router would be left too few experts."
+            f"Changes that could not be made are left out ({said}): no adapter could be fitted for "
+            "want of tokens, or the model refused them."
         )
-        found.append(Finding(text=text, numbers={"refused": refused}))
+        found.append(Finding(text=text, numbers={f"refused_{k}": n for k, n in refused.items()}))
     return found
 
 
 def _best(kind: str, tables: Mapping[str, pd.DataFrame]) -> Finding:
     rows = tables["damage"].query("kind == @kind and ranks == 'within layers'")
-    rows = rows.sort_values("correlation", ascending=False)
+    rows = rows.dropna(subset="correlation").sort_values("correlation", ascending=False)
+    if rows.empty:
+        return Finding(text=f"{DONE[kind]}: no measure can be put in order within layers.")
     top = rows.iloc[0]
     changes = tables["changes"].query("kind == @kind")["rise"]
     clear = rows[(rows["p_corrected"] <= SIGNIFICANT) & (rows["correlation"] > 0)]
@@ -54,10 +61,15 @@ def _best(kind: str, tables: Mapping[str, pd.DataFrame]) -> Finding:
     text = (
         f"{DONE[kind]} ({len(changes)} changes, median rise of the loss {changes.median():+.4f} "
         f"nats per token, {changes.min():+.4f} to {changes.max():+.4f}): within layers the damage "
-        f"follows {_name(top['measure'])} most, with a rank correlation of {_value(top)}. "
+        f"follows {_name(top['measure'])} most, the highest of {len(rows)} rank correlations: "
+        f"{_value(top)}. "
     )
-    text += f"{len(clear)} of {len(rows)} measures foretell it beyond chance (Holm, p <= 0.05)"
-    text += f": {', '.join(_name(m) for m in clear['measure'])}." if len(clear) else "."
+    tested = int(rows["p_corrected"].notna().sum())
+    if tested:
+        text += f"{len(clear)} of {tested} measures foretell it beyond chance (Holm, p <= 0.05)"
+        text += f": {', '.join(_name(m) for m in clear['measure'])}." if len(clear) else "."
+    else:
+        text += "None can be told from chance."
     if len(wrong):
         text += f" Against expectation: {', '.join(_name(m) for m in wrong['measure'])}."
     text += _against(kind, top["measure"], tables["differences"]) if len(clear) else ""
@@ -127,5 +139,5 @@ def _value(row: pd.Series) -> str:
         return f"{value} ({row['n_changes']} changes, no interval: {row['status']})"
     return (
         f"{value} (95% interval {row['correlation_low']:.2f} to {row['correlation_high']:.2f}, "
-        f"{row['n_changes']} changes of {row['n_experts']} experts)"
+        f"{row['n_changes']} changes)"
     )

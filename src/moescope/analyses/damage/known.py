@@ -9,15 +9,15 @@ import pandas as pd
 from moescope.analyses.damage.measures import (
     MEASURES,
     OF_PAIRS,
-    Two,
-    Values,
+    inner_fvus,
     of_experts,
     of_pairs,
 )
 from moescope.analyses.damage.options import DamageOptions
-from moescope.analyses.damage.trials import Kind, Pair
+from moescope.analyses.damage.trials import Kind, Pair, named
 from moescope.analyses.fits import Fits, Source
 from moescope.corpora.packing import Batch
+from moescope.progress import track
 
 
 def known_measures(
@@ -27,7 +27,7 @@ def known_measures(
     pairs: Sequence[Pair],
     options: DamageOptions,
 ) -> Mapping[Kind, pd.DataFrame]:
-    """Columns of `MEASURES` for the changes of each kind, in the order of `trials`.
+    """Columns of `MEASURES` for the changes of each kind, one row each, named by `Trial.where`.
 
     Of an ablated expert likeness is that to its nearest among experts of its layer, and the FVU
     behind an adapter the lowest of experts elsewhere. Of a swap everything is the mean over both
@@ -38,25 +38,25 @@ def known_measures(
     alike = of_pairs(fits, [(e, other) for e in experts for other in near[e]], fitted=False)
     ways = [(pair.one, pair.other) for pair in pairs]
     back = [(pair.other, pair.one) for pair in pairs]
-    elsewhere = [(e, other) for e in experts for other in far[e]]
-    aligned = of_pairs(fits, [*ways, *back, *elsewhere], fitted=True)
+    both = of_pairs(fits, [*ways, *back], fitted=True)
     ablated = [
         single[e]
-        | _best(alike, e, near[e], max)
-        | {"aligned_fvu": _best(aligned, e, far[e], min)["aligned_fvu"]}
-        for e in experts
+        | {name: _best([alike[e, other][name] for other in near[e]], max) for name in OF_PAIRS}
+        | {"aligned_fvu": _best(inner_fvus(fits, e, far[e]), min)}
+        for e in track(experts, "damage: experts of other layers")
     ]
     there, again = (
-        pd.DataFrame([single[two[0]] | aligned[two] for two in way], columns=[*MEASURES])
+        pd.DataFrame([single[two[0]] | both[two] for two in way], columns=[*MEASURES])
         for way in (ways, back)
     )
-    found: dict[Kind, pd.DataFrame] = {
-        "zero": pd.DataFrame(ablated),
-        "mask": pd.DataFrame(ablated),
-        "swap": (there + again) / 2,
-        "substitute": there,
+    of_pair = [named(*two) for two in ways]
+    alone = pd.DataFrame(ablated, index=[named(e) for e in experts], columns=[*MEASURES])
+    return {
+        "zero": alone,
+        "mask": alone,
+        "swap": ((there + again) / 2).set_axis(of_pair),
+        "substitute": there.set_axis(of_pair),
     }
-    return {kind: frame.reindex(columns=[*MEASURES]) for kind, frame in found.items()}
 
 
 def _neighbours(
@@ -74,16 +74,7 @@ def _neighbours(
     return near, far
 
 
-def _best(
-    known: Mapping[Two, Values],
-    expert: Source,
-    others: Sequence[Source],
-    choose: Callable[[Sequence[float]], float],
-) -> Values:
-    """The highest or lowest of each measure of `OF_PAIRS` over some others; NaN for none."""
-    found = {}
-    for name in OF_PAIRS:
-        values = [known[expert, other][name] for other in others]
-        present = [value for value in values if not math.isnan(value)]
-        found[name] = choose(present) if present else math.nan
-    return found
+def _best(values: Sequence[float], choose: Callable[[Sequence[float]], float]) -> float:
+    """The highest or lowest of those that are known; NaN for none."""
+    present = [value for value in values if not math.isnan(value)]
+    return choose(present) if present else math.nan

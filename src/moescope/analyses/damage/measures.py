@@ -144,17 +144,25 @@ def of_pairs(fits: Fits, pairs: Iterable[Two], *, fitted: bool) -> dict[Two, Val
     found = {}
     for one in track(sorted(others), "damage: pairs of experts"):
         train, _ = fits.samples(one)
-        targets = [Target(*other) for other in others[one]] if fitted else []
-        aligned = fits.between(one, targets)
-        for other in others[one]:
-            fit = aligned.get(Target(*other))
+        aligned = inner_fvus(fits, one, [*others[one]]) if fitted else [math.nan] * len(others[one])
+        for other, aligned_fvu in zip(others[one], aligned, strict=True):
             found[one, other] = {
                 **ready.weights_alike(one, other),
                 **_outputs_alike(train, ready.single(other)),
                 "router_cosine": _router_cosine(model, one, other),
-                "aligned_fvu": fit.inner_fvu if fit else math.nan,
+                "aligned_fvu": aligned_fvu,
             }
     return found
+
+
+def inner_fvus(fits: Fits, one: Source, others: Sequence[Source]) -> list[float]:
+    """FVU that each of some experts leaves of another behind an adapter; NaN where none is fitted.
+
+    On tokens set aside within the training documents.
+    """
+    targets = [Target(*other) for other in others]
+    found = fits.between(one, targets)
+    return [found[target].inner_fvu for target in targets]
 
 
 class _Ready:

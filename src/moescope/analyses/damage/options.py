@@ -11,8 +11,8 @@ class DamageOptions:
     """Options of `damage`."""
 
     pairs: int = 60
-    """Pairs of experts to swap, and to substitute one by the other; drawn in fours, from pairs of
-    layers at random, no expert twice among the four."""
+    """Most pairs of experts to swap, and to substitute one by the other; drawn in fours of the same
+    two layers, no expert in two pairs: at most half as many as experts."""
     others: int = 8
     """Experts of its own layer among which each looks for its nearest; at random, if there are
     more."""

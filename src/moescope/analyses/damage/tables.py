@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from moescope.analyses.damage.correlation import (
     Damage,
@@ -21,9 +21,11 @@ from moescope.analyses.damage.correlation import (
 from moescope.analyses.damage.measures import MEASURES
 from moescope.analyses.damage.trials import KINDS, Kind, Trial
 from moescope.evaluate.totals import Resampling, counts, difference_columns
-from moescope.measures.jackknife import GROUPS
+from moescope.measures.bootstrap import resampled_counts
 from moescope.measures.multiple_tests import holm
 
+RESAMPLES = 200
+"""Of the documents, behind the error of each correlation."""
 _FEWEST = 3
 """Changes below which nothing is put in order."""
 
@@ -43,18 +45,21 @@ class Measured:
     measures: pd.DataFrame
     """Columns of `MEASURES`, one row per change."""
 
-    def damage(self, pooled: bool) -> Damage:
-        """What the changes cost, with and without groups of documents."""
-        groups = np.arange(len(self.rises)) % GROUPS
-        member = groups == np.unique(groups)[:, None]
-        kept = np.concatenate([np.ones((1, len(groups)), dtype=bool), ~member]).astype(float)
+    def damage(self, pooled: bool, seed: int) -> Damage:
+        """What the changes cost, on all documents and on resamples of them."""
+        number = len(self.documents)
+        drawn = resampled_counts(number, RESAMPLES, np.random.default_rng(seed))
+        counts_of = np.concatenate([np.ones((1, number)), drawn])
         tokens = self.documents["tokens"].to_numpy(float)
-        experts = sorted({e for trial in self.trials for e in trial[1:3] if e is not None})
         return Damage(
-            estimates=(kept @ self.rises) / (kept @ tokens)[:, None],
-            strata=np.array([0 if pooled else trial.stratum for trial in self.trials]),
-            members=np.array([[e in trial[1:3] for trial in self.trials] for e in experts]),
+            estimates=(counts_of @ self.rises) / (counts_of @ tokens)[:, None],
+            strata=self.strata(pooled),
+            documents=number,
         )
+
+    def strata(self, pooled: bool) -> Int[np.ndarray, " changes"]:
+        """Which changes are put in order together."""
+        return np.array([0 if pooled else trial.stratum for trial in self.trials])
 
     def columns(self) -> Iterator[tuple[str, Float[np.ndarray, " changes"]]]:
         """Measures that are known of at least some, turned so that more means more damage."""
@@ -106,7 +111,7 @@ def correlation_tables(
     for kind in measured:
         for pooled in (False, True):
             place = {"kind": kind.kind, "ranks": "pooled" if pooled else "within layers"}
-            found = _Correlations(kind, kind.damage(pooled), seed)
+            found = _Correlations(kind, kind.damage(pooled, seed), seed)
             rows += _corrected([place | row for row in found.rows()])
             versus += _corrected([place | row for row in found.differences()])
     return pd.DataFrame(rows).assign(seed=seed), pd.DataFrame(versus).assign(seed=seed)
@@ -124,8 +129,8 @@ class _Correlations:
         """One per measure."""
         for name, values in self.values.items():
             known = np.isfinite(values)
-            p_value = permuted(values, self.damage, known, self.seed)
-            found = interval(self._of(name, known), p_value)
+            estimates, damage = self._of(name, known), self.damage.where(known)
+            found = interval(estimates, permuted(estimates, values[known], damage, self.seed))
             yield {
                 "measure": name,
                 "correlation": found.value,
@@ -158,7 +163,7 @@ class _Correlations:
     def _of(self, name: str, known: Bool[np.ndarray, " changes"]) -> Estimates:
         key = name, known.tobytes()
         if key not in self._found:
-            self._found[key] = correlation(self.values[name], self.damage, known)
+            self._found[key] = correlation(self.values[name][known], self.damage.where(known))
         return self._found[key]
 
 
@@ -179,9 +184,8 @@ def reliability_table(measured: Sequence[Measured], halves: int, seed: int) -> p
     rows = []
     for kind in measured:
         for pooled in (False, True):
-            strata = kind.damage(pooled).strata
             found = [
-                rank_correlation(*_halves(kind, np.random.default_rng([seed, draw])), strata)
+                rank_correlation(*_halves(kind, [seed, draw]), kind.strata(pooled))
                 for draw in range(halves)
             ]
             agreement = float(np.mean(found))
@@ -196,10 +200,10 @@ def reliability_table(measured: Sequence[Measured], halves: int, seed: int) -> p
 
 
 def _halves(
-    kind: Measured, random: np.random.Generator
+    kind: Measured, seed: Sequence[int]
 ) -> tuple[Float[np.ndarray, " changes"], Float[np.ndarray, " changes"]]:
     """Damage on two halves of the documents of each domain."""
-    order = random.permutation(len(kind.documents))
+    order = np.random.default_rng(seed).permutation(len(kind.documents))
     by_domain = order[kind.documents["domain"].to_numpy()[order].argsort(kind="stable")]
     tokens = kind.documents["tokens"].to_numpy(float)
     first, second = (
@@ -218,22 +222,21 @@ def by_kind(
     Args:
         trials: All of them.
         losses: Sums by document of those that could be made.
-        known: Measures of all trials of a kind, in their order.
+        known: Measures by kind, one row per change, named as `Trial.where` has it.
     """
     found = []
     for kind in KINDS:
-        own = [trial for trial in trials if trial.kind == kind]
-        made = [number for number, trial in enumerate(own) if trial in losses]
+        made = [trial for trial in trials if trial.kind == kind and trial in losses]
         if len(made) < _FEWEST:
             continue
-        frames = [losses[own[number]] for number in made]
+        frames = [losses[trial] for trial in made]
         found.append(
             Measured(
                 kind=kind,
-                trials=[own[number] for number in made],
+                trials=made,
                 documents=frames[0].reset_index()[["domain", "tokens"]],
                 rises=np.stack([frame["difference"].to_numpy() for frame in frames], axis=1),
-                measures=known[kind].iloc[made].reset_index(drop=True),
+                measures=known[kind].loc[[trial.where for trial in made]],
             )
         )
     return found

@@ -1,7 +1,6 @@
 """What is done to experts to see what it costs: ablations, swaps, substitutions."""
 
 from collections.abc import Sequence
-from itertools import combinations_with_replacement, cycle
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -43,9 +42,19 @@ class Trial(NamedTuple):
     """Trials of one are compared within layers: the layer, or the draw of the pair."""
 
     @property
+    def where(self) -> str:
+        """Which experts it is done to, as `named` has it."""
+        return named(self.one, self.other)
+
+    @property
     def name(self) -> str:
         """As its file is called."""
-        return f"{self.kind}-{self.one}" + (f"-{self.other}" if self.other else "")
+        return f"{self.kind}-{self.where}"
+
+
+def named(one: Source, other: Source | None = None) -> str:
+    """An expert, or two in their order."""
+    return str(one) if other is None else f"{one}-{other}"
 
 
 def experts_of(model: MoEModel) -> list[Source]:
@@ -59,38 +68,34 @@ def experts_of(model: MoEModel) -> list[Source]:
 
 
 def draw_pairs(model: MoEModel, experts: Sequence[Source], number: int, seed: int) -> list[Pair]:
-    """Random pairs of experts that are built alike, in draws of four pairs of the same layers.
+    """Random pairs of experts that are built alike, in draws of four pairs of the same two layers.
 
-    Every pair of layers, a layer with itself included, comes once before any comes twice.
+    No expert comes twice, so that no two pairs say the same thing of it; there are at most half as
+    many pairs as experts. Both experts of a draw may be of one layer.
     """
     random = np.random.default_rng([seed, 1])
-    by_layer = {
-        layer.index: [expert for expert in experts if expert.layer == layer.index]
-        for layer in model.layers
-    }
-    layers = [
-        (a, b)
-        for a, b in combinations_with_replacement(by_layer, 2)
-        if len(by_layer[a]) > 1 and len(by_layer[b]) > 1 and _alike(model, by_layer, a, b)
-    ]
-    layers = [layers[i] for i in random.permutation(len(layers))]
-    draws = range(-(-number // _TOGETHER))
-    found: dict[frozenset[Source], Pair] = {}
-    for draw, two in zip(draws, cycle(layers), strict=False):
-        a, b = two if random.random() < 0.5 else two[::-1]
-        left, right = (list(random.permutation(len(by_layer[layer]))) for layer in (a, b))
-        if a == b:
-            half = len(left) // 2
-            left, right = left[:half], left[half:]
-        for i, j in list(zip(left, right, strict=False))[:_TOGETHER]:
-            pair = Pair(by_layer[a][i], by_layer[b][j], draw)
-            found.setdefault(frozenset(pair[:2]), pair)
-    return list(found.values())[:number]
+    fours = []
+    for layer in model.layers:
+        own = [expert for expert in experts if expert.layer == layer.index]
+        own = [own[i] for i in random.permutation(len(own))]
+        size = min(_TOGETHER, len(own) // 2)
+        fours += [own[i * size : (i + 1) * size] for i in range(len(own) // max(size, 1))]
+    fours = [fours[i] for i in random.permutation(len(fours)) if fours[i]]
+    found: list[Pair] = []
+    draw = 0
+    while fours and len(found) < number:
+        first = fours.pop()
+        second = next((four for four in fours if _alike(model, first[0], four[0])), None)
+        if second is not None:
+            fours.remove(second)
+            found += [Pair(*two, draw) for two in zip(first, second, strict=False)]
+            draw += 1
+    return found[:number]
 
 
-def _alike(model: MoEModel, experts: dict[int, list[Source]], a: int, b: int) -> bool:
+def _alike(model: MoEModel, one: Source, other: Source) -> bool:
     try:
-        require_alike(*((model.layer(layer), experts[layer][0].expert) for layer in (a, b)))
+        require_alike(*((model.layer(e.layer), e.expert) for e in (one, other)))
     except MoEScopeError:
         return False
     return True

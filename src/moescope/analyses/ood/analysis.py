@@ -117,7 +117,7 @@ def _layers(model: MoEModel, options: OodOptions) -> tuple[MoELayer, MoELayer]:
         raise OptionError(
             f"{model.name} has no pair of layers with experts",
             got=f"{len(decoder)} layer",
-            remedy="Name one as `source` and as `target`",
+            remedy="Name the layer as `source` and as `target`",
         )
     return decoder[0], decoder[1]
 
@@ -143,7 +143,8 @@ def _samples(
             f"experts of layer {layer.index} were given too few tokens of a domain to train and "
             "test on",
             got=", ".join(f"expert {expert}: {number}" for expert, number in fewest.items()),
-            remedy="Capture more text, leave out a domain, or name other experts",
+            remedy="Capture with more tokens_per_expert, or more text; leave out a domain; or name "
+            "other experts",
         )
     if not options.source_experts:
         chosen = sorted(chosen, key=lambda expert: -fewest[expert])[: options.sources]

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-from moescope.analyses.ood.matrices import ELSEWHERE
+from moescope.analyses.ood.matrices import ELSEWHERE, SAME
 from moescope.corpora.corpus import RESERVED_DOMAIN
 from moescope.measures.bootstrap import FEWEST_UNITS
 from moescope.runs import Finding
@@ -20,7 +20,7 @@ def findings(tables: Mapping[str, pd.DataFrame]) -> list[Finding]:
     """What adapters keep and lose elsewhere, beside a linear map and a random expert."""
     table, differences = tables["ood"], tables["differences"]
     found = [_error(table, differences)]
-    found += [_controls(table)]
+    found += [_controls(table, tables["controls"])]
     if "loss" in set(table["quantity"]):
         found.append(_loss(table, differences))
     few = table[table["status"] == "few_documents"]["tested_on"].unique()
@@ -36,8 +36,9 @@ def _error(table: pd.DataFrame, differences: pd.DataFrame) -> Finding:
     where = "quantity == 'fvu' and adapter == 'real' and tested_on != 'all'"
     single = differences.query(where)
     single = single[~single["trained_on"].isin((ELSEWHERE, RESERVED_DOMAIN))]
+    sources = int(rows["n_sources"].iloc[0])
     text = (
-        f"Adapters of {int(rows['n_sources'].iloc[0])} experts, trained on "
+        f"Adapters of {sources} expert{'s' if sources > 1 else ''}, trained on "
         f"{int(rows['least_train'].min()):,} to {int(rows['most_train'].max()):,} tokens of one "
         f"domain, leave an FVU of {_range(own['value'])} on other documents of it. Trained on "
         f"another domain they leave {_mean(differences, 'fvu', 'real', ELSEWHERE)} more, in the "
@@ -45,16 +46,16 @@ def _error(table: pd.DataFrame, differences: pd.DataFrame) -> Finding:
         f"{_mean(differences, 'fvu', 'real', RESERVED_DOMAIN)}. {_clear(single)}"
     )
     beyond = rows[(rows["trained_on"] != rows["tested_on"]) & (rows["trained_on"] != "all")]
-    worse = int((beyond["value"] > 1).sum())
+    worse, clear = (int((beyond[column] > 1).sum()) for column in ("value", "value_low"))
     text += (
         f" In {worse} of {len(beyond)} pairs of domains an adapter from elsewhere does worse than "
-        "the mean output of the domain."
+        f"the mean output of the domain ({clear} with all of the 95% interval)."
     )
     numbers = {"least": own["value"].min(), "most": own["value"].max(), "worse_than_mean": worse}
     return Finding(text=text, numbers=numbers)
 
 
-def _controls(table: pd.DataFrame) -> Finding:
+def _controls(table: pd.DataFrame, controls: pd.DataFrame) -> Finding:
     said = []
     numbers: dict[str, float] = {}
     for adapter, name in NAMES.items():
@@ -63,10 +64,20 @@ def _controls(table: pd.DataFrame) -> Finding:
         inside, outside = rows[own]["value"].mean(), rows[~own]["value"].mean()
         said.append(f"{name} {inside:.3f} and {outside:.3f}")
         numbers |= {f"{adapter}_in": inside, f"{adapter}_out": outside}
+    less = [
+        f"the {NAMES[control]} by {_with_limits(row)}"
+        for control in ("random", "linear")
+        for _, row in controls[
+            (controls["quantity"] == "fvu")
+            & (controls["control"] == control)
+            & (controls["trained_on"] == SAME)
+        ].iterrows()
+    ]
     text = (
         "Mean FVU over domains, trained on the same domain and on another: "
-        f"{'; '.join(said)}. What a linear map or a random expert keeps elsewhere says nothing "
-        "about the target."
+        f"{'; '.join(said)}. At home the target behind an adapter differs from "
+        f"{' and from '.join(less)} (below zero it is better). What a linear map or a random "
+        "expert keeps elsewhere says nothing about the target."
     )
     return Finding(text=text, numbers=numbers)
 
@@ -99,7 +110,10 @@ def _mean(
         & (differences["trained_on"] == trained)
         & (differences["tested_on"] == RESERVED_DOMAIN)
     ]
-    row = rows.iloc[0]
+    return _with_limits(rows.iloc[0], digits)
+
+
+def _with_limits(row: pd.Series, digits: int = 3) -> str:
     value = f"{row['difference']:+.{digits}f}"
     if pd.isna(row["difference_low"]):
         return f"{value} (no interval)"
@@ -115,7 +129,7 @@ def _clear(single: pd.DataFrame) -> str:
     return (
         f"Of {len(tested)} pairs of domains, {int((clear['difference'] > 0).sum())} are worse and "
         f"{int((clear['difference'] < 0).sum())} better than in the domain itself beyond chance "
-        "(paired by document, Holm)."
+        "(over documents and adapters, Holm)."
     )
 
 

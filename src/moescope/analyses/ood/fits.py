@@ -27,11 +27,11 @@ from moescope.analyses.fits import Source
 from moescope.analyses.ood.split import Work
 from moescope.captures.read import Capture
 from moescope.corpora.corpus import RESERVED_DOMAIN
-from moescope.errors import AlignmentError
+from moescope.errors import AlignmentError, OptionError
 from moescope.experts.adapter import Adapter
 from moescope.experts.weights import ExpertWeights
 from moescope.models.view import MoELayer
-from moescope.runs import write_atomically
+from moescope.runs import read_table, write_atomically
 
 Kind = Literal["real", "random", "linear"]
 """What stands behind an adapter: the target, a random expert in its place, or nothing."""
@@ -100,7 +100,7 @@ class Trained:
 
     def read(self) -> pd.DataFrame:
         """What `train` measured."""
-        return pd.read_parquet(self.errors)
+        return read_table(self.errors)
 
     def train(self, work: Work, targets: Targets) -> None:
         """Fit on every domain and on all, test on every domain, and keep it."""
@@ -135,18 +135,21 @@ class Trained:
         """The target that fits best on inner tokens of all domains, and its adapter."""
         train = work.train(RESERVED_DOMAIN)
         inputs = targets.inputs(RESERVED_DOMAIN, 1 - self.tested)
+        others = [e for e in targets.experts if (targets.layer.index, e) != self.source]
+        if not others:
+            raise OptionError(
+                f"expert {self.source} has nobody to stand in for it but itself",
+                remedy="Name other experts: `target_experts`",
+            )
         found = fit_pairs(
             train,
             work.tests(),
-            {str(e): targets.weights(e) for e in targets.experts},
+            {str(e): targets.weights(e) for e in others},
             source_name=str(self.source),
-            target_inputs={str(e): x for e, x in inputs.items() if len(x)},
+            target_inputs={str(e): inputs[e] for e in others if len(inputs[e])},
             options=targets.options,
         )
-        inner = {
-            e: min((point.fvu for point in found[str(e)].curve), default=math.inf)
-            for e in targets.experts
-        }
+        inner = {e: min((p.fvu for p in found[str(e)].curve), default=math.inf) for e in others}
         best = min(inner, key=lambda e: inner[e])
         return best, _adapter(found[str(best)], self.source)
 

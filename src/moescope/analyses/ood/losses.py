@@ -5,15 +5,18 @@ from functools import partial
 from pathlib import Path
 
 import pandas as pd
-from jaxtyping import Int64
+import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from moescope.analyses.losses import Change, Losses
 from moescope.analyses.material import Material
 from moescope.analyses.ood.fits import Kind, Targets, Trained
 from moescope.analyses.ood.split import HALVES
+from moescope.captures.read import Capture
 from moescope.corpora.corpus import RESERVED_DOMAIN
 from moescope.corpora.rows import rows_in_turn
+from moescope.errors import OptionError
 from moescope.experts.adapter import Adapter
 from moescope.interventions import replace_output, substitute
 from moescope.progress import track
@@ -34,20 +37,36 @@ def substituted(
     """Rise of the loss by document of the half that an adapter was not trained on.
 
     Returns:
-        source, adapter ("real", "linear", "zero"), trained_on, tested_on, document, tokens, rise.
+        source, half, adapter ("real", "linear", "zero"), trained_on, tested_on, document, tokens,
+        rise.
+
+    Raises:
+        OptionError: These tokens hold none of a domain.
     """
     frames = []
     for tested in HALVES:
         folder = trained[0].folder / f"losses-{tokens}-half{tested}"
-        losses = _losses(material, targets.half, tested, tokens // len(HALVES), folder)
+        documents = (targets.half == tested) & _of_domains(material.capture, domains)
+        losses = _losses(material, documents, tokens // len(HALVES), folder)
+        found = set(losses.unchanged.index.get_level_values("domain"))
+        if missing := [domain for domain in domains if domain not in found]:
+            raise OptionError(
+                f"the tokens that losses are measured on hold none of {', '.join(missing)}",
+                got=f"tokens: {tokens}",
+                remedy="Choose more `tokens`",
+            )
         own = [one for one in trained if one.tested == tested]
         planned = [change for one in own for change in _changes(material, one, targets, domains)]
         for columns, change in track(planned, "ood: losses"):
-            frames.append(losses.of("-".join(columns.values()), change).assign(**columns))
-    found = pd.concat(frames).reset_index()
-    found = found.rename(columns={"domain": "tested_on", "difference": "rise"})
-    kept = ["source", "adapter", "trained_on", "tested_on", "document", "tokens", "rise"]
-    return found.loc[found["tested_on"].isin(domains), kept]
+            after = losses.of("-".join(columns.values()), change)
+            frames.append(after.assign(half=tested, **columns))
+    every = pd.concat(frames).reset_index()
+    return every.rename(columns={"domain": "tested_on", "difference": "rise"})
+
+
+def _of_domains(capture: Capture, domains: Sequence[str]) -> Bool[Tensor, " documents"]:
+    numbers = torch.tensor([capture.domains.index(domain) for domain in domains])
+    return torch.isin(capture.document_domains, numbers)
 
 
 def _changes(
@@ -71,14 +90,8 @@ def _changes(
 
 
 def _losses(
-    material: Material, half: Int64[Tensor, " documents"], tested: int, tokens: int, folder: Path
+    material: Material, documents: Bool[Tensor, " documents"], tokens: int, folder: Path
 ) -> Losses:
     corpus, model = material.text(_EVERYTHING), material.model
-    return Losses(
-        model=model,
-        batches=rows_in_turn(
-            corpus.batches(model.tokenizer), half == tested, tokens, corpus.packing.rows
-        ),
-        domains=corpus.domains,
-        folder=folder,
-    )
+    rows = rows_in_turn(corpus.batches(model.tokenizer), documents, tokens, corpus.packing.rows)
+    return Losses(model=model, batches=rows, domains=corpus.domains, folder=folder)

@@ -1,4 +1,4 @@
-"""Domain by domain: means over source experts, with intervals over documents."""
+"""Domain by domain: means over source experts, with intervals over documents and adapters."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -6,19 +6,17 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
-from numpy import ndarray as Array
-from scipy.special import stdtr
 
+from moescope.analyses.ood.estimates import Estimates, estimates_of, limits, p_value
 from moescope.corpora.corpus import RESERVED_DOMAIN
 from moescope.measures.bootstrap import FEWEST_UNITS
-from moescope.measures.jackknife import GROUPS, limits
+from moescope.measures.jackknife import GROUPS
 from moescope.measures.multiple_tests import holm
 
 ELSEWHERE = "other domains (mean)"
 """In tables: the mean over adapters that were trained on each of the other domains."""
-Estimates = Float[Array, " estimates"]
-"""A value on all documents, then without each of `GROUPS` groups of them."""
+SAME = "same domain"
+"""In tables: adapters that were trained on the domain they are tested on."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -37,7 +35,7 @@ class Matrix:
         """From sums by document.
 
         Args:
-            rows: source, trained_on, tested_on, document, tokens, and the two columns.
+            rows: source, half, trained_on, tested_on, document, tokens, and the two columns.
             domains: Their order.
             value: Column of the numerators.
             over: Column of the denominators.
@@ -47,24 +45,18 @@ class Matrix:
             documents = np.sort(here["document"].unique())
             group = pd.Series(np.arange(len(documents)) % GROUPS, index=documents)
             for trained, own in here.groupby("trained_on"):
-                cells[str(trained), str(tested)] = np.mean(
-                    [
-                        _ratios(some, group[some["document"]].to_numpy(), value, over)
-                        for _, some in own.groupby("source")
-                    ],
-                    axis=0,
-                )
+                cells[str(trained), str(tested)] = estimates_of(own, group, value, over)
             counted = ["document"] if over == "tokens" else ["source", "document"]
             tokens = here.drop_duplicates(counted)["tokens"].sum()
             basis[str(tested)] = {"n_tokens": int(tokens), "n_documents": len(documents)}
         return cls(domains=domains, cells=cells, basis=basis)
 
     def values(self) -> Iterator[dict[str, Any]]:
-        """One row per cell, with its 95% limits over documents."""
+        """One row per cell, with its 95% limits over documents and adapters."""
         for trained in (*self.domains, RESERVED_DOMAIN):
             for tested in self.domains:
                 found = self.cells[trained, tested]
-                low, high = _limits(found, self._documents(tested))
+                low, high = self._limits(found, tested)
                 yield {
                     "trained_on": trained,
                     "tested_on": tested,
@@ -89,20 +81,46 @@ class Matrix:
             }
             if trained not in self.domains:
                 found[RESERVED_DOMAIN] = np.mean(list(found.values()), axis=0)
-            for tested, estimates in found.items():
-                low, high = _limits(estimates, self._documents(tested))
-                rows.append(
-                    {"trained_on": trained, "tested_on": tested, "difference": float(estimates[0])}
-                    | {"difference_low": low, "difference_high": high}
-                    | {"p_value": _p_value(estimates) if np.isfinite(low) else np.nan}
-                    | self._basis(tested)
-                )
-        corrected = holm(np.array([row["p_value"] for row in rows], dtype=float))
-        return [row | {"p_corrected": float(p)} for row, p in zip(rows, corrected, strict=True)]
+            rows += [
+                {"trained_on": trained, "tested_on": tested} | self._difference(estimates, tested)
+                for tested, estimates in found.items()
+            ]
+        return _corrected(rows)
+
+    def less(self, control: "Matrix") -> list[dict[str, Any]]:
+        """What an adapter misses more than a control, trained on the same domain and elsewhere.
+
+        The mean over domains tested on; p-values are corrected over the two rows.
+        """
+        rows = []
+        for trained in (SAME, ELSEWHERE):
+            each = [
+                self._trained(trained, tested) - control._trained(trained, tested)
+                for tested in self.domains
+            ]
+            rows.append(
+                {"trained_on": trained, "tested_on": RESERVED_DOMAIN}
+                | self._difference(np.asarray(np.mean(each, axis=0)), RESERVED_DOMAIN)
+            )
+        return _corrected(rows)
+
+    def _difference(self, found: Estimates, tested: str) -> dict[str, Any]:
+        low, high = self._limits(found, tested)
+        return {
+            "difference": float(found[0]),
+            "difference_low": low,
+            "difference_high": high,
+            "p_value": p_value(found) if np.isfinite(low) else np.nan,
+            **self._basis(tested),
+        }
+
+    def _limits(self, found: Estimates, tested: str) -> tuple[float, float]:
+        enough = self._documents(tested) >= FEWEST_UNITS
+        return limits(found) if enough else (np.nan, np.nan)
 
     def _trained(self, trained: str, tested: str) -> Estimates:
         if trained != ELSEWHERE:
-            return self.cells[trained, tested]
+            return self.cells[tested if trained == SAME else trained, tested]
         others = [self.cells[other, tested] for other in self.domains if other != tested]
         return np.asarray(np.mean(others, axis=0))
 
@@ -122,26 +140,6 @@ class Matrix:
         return sums | {"status": "ok" if enough else "few_documents"}
 
 
-def _ratios(rows: pd.DataFrame, group: Array, value: str, over: str) -> Estimates:
-    """Sum over sum, with and without each group of documents."""
-    sums = np.zeros((GROUPS, 2))
-    np.add.at(sums, group, rows[[value, over]].to_numpy(float))
-    total = sums.sum(0)
-    left = np.concatenate([total[None], total - sums])
-    return np.asarray(left[:, 0] / left[:, 1])
-
-
-def _limits(found: Estimates, documents: int) -> tuple[float, float]:
-    if documents < FEWEST_UNITS:
-        return np.nan, np.nan
-    low, high = limits(found)
-    return float(low), float(high)
-
-
-def _p_value(found: Estimates) -> float:
-    """Two-sided, by the error and the t quantile of the limits."""
-    rest = found[1:]
-    error = np.sqrt((len(rest) - 1) / len(rest) * np.square(rest - rest.mean()).sum())
-    if error == 0:
-        return 0.0 if found[0] else 1.0
-    return float(2 * stdtr(len(rest) - 1, -abs(found[0]) / error))
+def _corrected(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    corrected = holm(np.array([row["p_value"] for row in rows], dtype=float))
+    return [row | {"p_corrected": float(p)} for row, p in zip(rows, corrected, strict=True)]

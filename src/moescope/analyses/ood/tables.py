@@ -16,10 +16,10 @@ from moescope.measures.bootstrap import ratio_interval
 
 def errors_of(trained: Sequence[Trained]) -> pd.DataFrame:
     """Squared errors by document of all sources; those of random experts are their mean."""
-    frames = [one.read().assign(source=str(one.source)) for one in trained]
+    frames = [one.read().assign(source=str(one.source), half=one.tested) for one in trained]
     found = pd.concat(frames, ignore_index=True)
     found["adapter"] = found["adapter"].str.rstrip("0123456789")
-    keys = ["source", "target", "n_train", "adapter", "trained_on", "tested_on", "document"]
+    keys = ["source", "half", "target", "n_train", "adapter", "trained_on", "tested_on", "document"]
     return found.groupby(keys, as_index=False, sort=False)[["tokens", "error", "total"]].mean()
 
 
@@ -36,30 +36,36 @@ def tables(
         "most_train": int(errors["n_train"].max()),
         "seed": resampling.seed,
     }
-    rows, differences = [], []
-    for place, matrix in _matrices(errors, losses, domains):
+    matrices = dict(_matrices(errors, losses, domains))
+    rows, differences, controls = [], [], []
+    for (quantity, adapter), matrix in matrices.items():
+        place = {"quantity": quantity, "adapter": adapter}
         rows += [place | row | basis for row in matrix.values()]
         differences += [place | row | basis for row in matrix.differences()]
+        if adapter != "real":
+            place = {"quantity": quantity, "control": adapter}
+            controls += [place | row | basis for row in matrices[quantity, "real"].less(matrix)]
     table = pd.DataFrame(rows)
     if losses is not None:
         table = pd.concat([table, _ablated(losses, domains, basis)], ignore_index=True)
     return {
         "ood": table,
         "differences": pd.DataFrame(differences),
+        "controls": pd.DataFrame(controls),
         "pairs": _pairs(errors, domains, resampling),
     }
 
 
 def _matrices(
     errors: pd.DataFrame, losses: pd.DataFrame | None, domains: Sequence[str]
-) -> Iterator[tuple[dict[str, Any], Matrix]]:
+) -> Iterator[tuple[tuple[str, str], Matrix]]:
+    """By quantity and adapter."""
     for adapter, rows in errors.groupby("adapter", sort=False):
-        yield {"quantity": "fvu", "adapter": adapter}, Matrix.of(rows, domains, "error", "total")
+        yield ("fvu", str(adapter)), Matrix.of(rows, domains, "error", "total")
     if losses is not None:
         fitted = losses[losses["adapter"] != ABLATED]
         for adapter, rows in fitted.groupby("adapter", sort=False):
-            found = Matrix.of(rows, domains, "rise", "tokens")
-            yield {"quantity": "loss", "adapter": adapter}, found
+            yield ("loss", str(adapter)), Matrix.of(rows, domains, "rise", "tokens")
 
 
 def _ablated(

@@ -30,10 +30,11 @@ COLUMNS = {
     "outputs_cosine, outputs_cka": "Of outputs for the same inputs, those of the expert replaced.",
     "aligned_fvu": "FVU that the other expert leaves behind an adapter, on tokens set aside within "
     "the training documents; of an ablation, the lowest of some experts of other layers.",
-    "correlation": "Spearman's, of measure and rise, with its 95% limits: by the jackknife over "
-    "experts, with all that is done to them, and over documents.",
+    "correlation": "Spearman's, of measure and rise, with its 95% limits over changes (jackknife) "
+    "and documents (bootstrap).",
     "difference": "Of two correlations with the same damage, paired.",
-    "p_value, p_corrected": "Two-sided; after Holm's correction over the measures, or pairs of "
+    "p_value, p_corrected": "Two-sided; by permutation within layers or draws, of differences by "
+    "their error; after Holm's correction over the measures, or pairs of "
     "measures, of a kind and way of ranking.",
     "agreement, ceiling": "Rank correlation of the damage on two halves of the documents; about "
     "the most that any measure could reach on all of them.",
@@ -131,14 +132,14 @@ def _correlations(table: pd.DataFrame, reliability: pd.DataFrame) -> Figure:
         name="damage-correlations",
         title="Which measure foretells the damage?",
         how_to_read="One panel per kind of change. A dot is the rank correlation of a measure "
-        "with the measured rise of the loss, a line its 95% interval over experts and documents. "
+        "with the measured rise of the loss, a line its 95% interval over changes and documents. "
         "Likeness is turned round, so that right of zero a measure foretells what it should. "
         "Changes are put in order within layers, or all together. The grey line is about the most "
         "that a measure could reach within layers: on other documents the damage itself has "
         "another order.",
         limits="Pooled, whatever changes with depth goes with the damage if that does too. "
         "Overlapping intervals do not say that two measures are equal, for they share experts: "
-        "see the next figure. Swaps and substitutions are a sample of the pairs.",
+        "see the next figure. Swaps and substitutions are of few pairs, no expert in two of them.",
         chart=_by_kind(chart, headings),
         panels=Panels(count=len(headings), minimum=220, preferred=330, across=2, beside=90),
     )

@@ -18,10 +18,12 @@ COLUMNS = {
     "(mean): the mean over adapters that were trained on each of the others.",
     "tested_on": 'Documents of this domain that the adapter was not trained on; "all": the mean '
     "over domains.",
-    "value, fvu": "Mean over source experts (in the table pairs: of one), with its 95% limits over "
+    "value, fvu": "Mean over source experts, with its 95% limits over documents and adapters (in "
+    "the table pairs: of one expert, over documents).",
+    "difference": "From the adapter that was trained on the domain it is tested on, on the same "
     "documents.",
-    "difference": "From the adapter that was trained on the domain it is tested on, paired by "
-    "document.",
+    "control": "Stands in the place of the target; the difference is that of the target behind an "
+    "adapter less that of the control, below zero where the target is better.",
     "p_value, p_corrected": "Two-sided; after Holm's correction over the table of a quantity and "
     "adapter.",
     "n_sources": "Source experts.",
@@ -113,10 +115,11 @@ def _differences(differences: pd.DataFrame, domains: list[str]) -> Figure:
         title="What is lost against an adapter of the domain itself?",
         how_to_read="A dot is the FVU of what was trained on another domain (the colour), or on "
         "all of them, less the FVU of what was trained on the domain tested on (below), on the "
-        "same documents, with its paired 95% interval over documents (none under 30). Right of "
-        "zero, another domain is worse.",
-        limits="Intervals are over documents, with source experts and adapters as they are, and "
-        "are not corrected for their number; the table has corrected p-values.",
+        "same documents, with its 95% interval over documents and adapters (none under 30 "
+        "documents). Right of zero, another domain is worse.",
+        limits="Intervals are not corrected for their number; the table has corrected p-values. "
+        "There are two adapters per source expert and domain: with few source experts, "
+        "differences go unseen.",
         chart=_dots(rows, "difference", title, domains),
         panels=_dot_panels(rows),
     )
@@ -131,8 +134,8 @@ def _losses(table: pd.DataFrame) -> Figure:
         title="And in the model: what does it cost on each domain?",
         how_to_read="A dot is the rise of the loss on documents of the domain below when what was "
         "trained on a domain (the colour) takes the place of one source expert, the mean over "
-        "source experts, with its paired 95% interval over documents (none under 30). Beside it: "
-        "the output of the expert set to zero.",
+        "source experts, with its 95% interval over documents and adapters (none under 30 "
+        "documents). Beside it: the output of the expert set to zero.",
         limits="One expert at a time, with nothing else trained. Losses of domains that hardly use "
         "an expert hardly change, whatever stands in for it.",
         chart=_dots(rows, "value", title, rows["tested_on"].unique().tolist()),
