@@ -21,13 +21,15 @@ from moescope.analyses.material import Material
 from moescope.analyses.substitute.analysis import substitute
 from moescope.analyses.substitute.cost import operations
 from moescope.analyses.substitute.curve import reach_table
+from moescope.analyses.substitute.findings import findings
 from moescope.analyses.substitute.options import SubstituteOptions
 from moescope.analyses.substitute.removal import removals, sizes_of, tried_counts
 from moescope.analyses.substitute.sources import sources_of
-from moescope.analyses.substitute.stand_ins import Kind, StandIn, losses_with
+from moescope.analyses.substitute.stand_ins import Kind, StandIn
+from moescope.analyses.substitute.tables import losses_with
 from moescope.analyses.substitute.tuning import Tuning
 from moescope.corpora.packing import Packing
-from moescope.errors import AlignmentError, CaptureError, ModelError, OptionError
+from moescope.errors import AlignmentError, CaptureError, CorpusError, ModelError, OptionError
 from moescope.models.load import load
 from moescope.reports.registry import chapter
 from moescope.runs import Result
@@ -35,13 +37,14 @@ from moescope.runs import Result
 HIDDEN, EXPERTS = models_zoo.HIDDEN, 4
 PACKING = Packing(length=24, rows=32, packed=False)
 COPIED, COPY, OTHER = Source(0, 1), Target(1, 2), Source(0, 3)
+DRAWN = 2
 OPTIONS = {
     "source_layers": (0,),
     "forms": ("layer_norm",),
-    "candidates": EXPERTS,
-    "random": 2,
+    "candidates": DRAWN,
     "held_out_share": 0.4,
     "bootstrap": 100,
+    "seed": 1,  # the copy is among those drawn
 }
 
 
@@ -153,16 +156,17 @@ def test_losses_are_those_of_the_held_out_documents(material, both):
 
 
 def held_out_of(material):
-    _, fits = next(iter(fits_of(material).items()))
-    return fits.tokens.held_out
+    return fits_of(material).tokens.held_out
 
 
-def fits_of(material):
-    options = SubstituteOptions(**OPTIONS)
-    fits = Fits.of(
-        material, options.fit_options("layer_norm"), held_out_share=0.4, max_tokens=2_000
+def fits_of(material, **changes):
+    options = SubstituteOptions(**(OPTIONS | changes))
+    return Fits.of(
+        material,
+        options.fit_options("layer_norm"),
+        held_out_share=options.held_out_share,
+        max_tokens=options.max_tokens,
     )
-    return {"layer_norm": fits}
 
 
 def test_the_mean_is_over_experts_and_draws(both):
@@ -173,7 +177,8 @@ def test_the_mean_is_over_experts_and_draws(both):
         assert len(each) == 2
         assert pooled == pytest.approx(each.mean(), rel=1e-6)
     draws = table[(table.by == "random") & (table.source == "all")]
-    assert draws.draw.tolist() == [pd.NA, 0, 1] or draws.draw.isna().sum() == 1
+    assert draws.draw.isna().sum() == 1
+    assert draws.draw.dropna().tolist() == list(range(5))
     mean = draws[draws.draw.isna()].difference.iloc[0]
     assert mean == pytest.approx(draws[draws.draw.notna()].difference.mean(), rel=1e-6)
     row = only(both.tables["against"], source="all", than="random")
@@ -185,8 +190,8 @@ def test_the_mean_is_over_experts_and_draws(both):
 
 def test_what_is_compared_was_chosen_from_equally_many(both):
     candidates = both.table.groupby("by")["candidates"].agg(["min", "max"])
-    assert (candidates.loc[["best", "drawn", "random"]] == EXPERTS).all(axis=None)
-    assert (candidates.loc["same_layer"] == EXPERTS - 1).all()
+    assert (candidates.loc["best"] == EXPERTS).all()
+    assert (candidates.loc[["drawn", "random", "same_layer"]] == DRAWN).all(axis=None)
 
 
 def test_single_steps_of_the_curve_are_the_single_losses(both, material):
@@ -205,7 +210,7 @@ def test_single_steps_of_the_curve_are_the_single_losses(both, material):
 
 
 def test_expected_costs_are_weights_and_outputs(material):
-    fits = fits_of(material)["layer_norm"]
+    fits = fits_of(material)
     found = sizes_of(fits, [COPIED, OTHER])
     capture, total = material.capture, {COPIED: 0.0, OTHER: 0.0}
     routing, held_out = capture.routing(0), fits.tokens.held_out[capture.documents]
@@ -239,8 +244,8 @@ def test_an_interrupted_run_goes_on_after_what_is_done(material, both, monkeypat
 
 def test_training_adapters_further(material, both, tmp_path):
     """From a map that says nothing, in the documents that are not held out."""
-    before, fits = material.model.fingerprint, fits_of(material)["layer_norm"]
-    options = SubstituteOptions(**OPTIONS, tune_steps=12, tune_rate=0.02)
+    before, fits = material.model.fingerprint, fits_of(material, seed=0)
+    options = SubstituteOptions(**(OPTIONS | {"seed": 0}), tune_steps=12, tune_rate=0.02)
     silent = moescope.Adapter(
         weight=torch.zeros(HIDDEN, HIDDEN), shift=torch.zeros(HIDDEN), form="linear"
     )
@@ -276,6 +281,29 @@ def test_what_was_trained_further_is_compared_with_its_like(material, both):
     assert row.difference == pytest.approx(best - tuned, rel=1e-5)
     assert only(result.tables["against"], source="L0E3", than="zero", tuned=True).verdict
     assert "trained further on the loss" in said(result)
+
+
+def test_held_out_documents_are_not_even_context_of_training(material, tmp_path):
+    ids = np.random.default_rng(0).integers(3, models_zoo.VOCABULARY, (90, 6)).tolist()
+    packed = moescope.Corpus.from_token_ids({"one": ids}, Packing(length=24, rows=4))
+    captures_zoo.record(tmp_path, material.model, packed, record=("routing", "inputs"))
+    of_packed = Material(tmp_path, material.model, packed)
+    fits = fits_of(of_packed, held_out_share=0.1)
+    tuning = Tuning(fits, SubstituteOptions(), tmp_path)
+    held_out = fits.tokens.held_out
+    mixed, used = 0, 0
+    for batch in packed.batches(None):
+        rows = [row[row >= 0] for row in batch.documents]
+        alone = [not held_out[row].any() for row in rows]
+        used += sum(alone)
+        mixed += sum(held_out[row].any() and not held_out[row].all() for row in rows)
+    assert mixed > 0
+    documents = torch.cat([batch.documents for batch in tuning._batches])
+    assert len(documents) == used
+    assert not held_out[documents[documents >= 0]].any()
+    everywhere = fits_of(of_packed, held_out_share=0.9)
+    with pytest.raises(CorpusError, match="every row of text"):
+        Tuning(everywhere, SubstituteOptions(), tmp_path)
 
 
 def stand_in(source, fvu, target=None):
@@ -389,8 +417,37 @@ def test_reach_by_hand():
     assert pd.isna(found.next_tried[0.1])
 
 
+def test_what_was_not_tested_is_no_evidence_against(both):
+    def concluded(**verdicts):
+        against = both.tables["against"].copy()
+        for than, verdict in verdicts.items():
+            against.loc[against.than == than, "verdict"] = verdict
+        found = findings({**both.tables, "against": against}, {}, 2)
+        return " ".join(finding.text for finding in found)
+
+    assert "was not tested behind a full adapter: it takes 30" in concluded(random="")
+    said = concluded(random="open", linear="worse")
+    assert (
+        "There is no evidence that experts of other layers do what these experts do: behind a full "
+        "adapter they cannot be told from random experts and do worse than a linear map" in said
+    )
+    assert "2 of 2 experts give such evidence: L0E1, L0E3." in concluded(
+        random="better", linear="better"
+    )
+
+
+def test_adapters_larger_than_what_they_replace_add_parameters(both):
+    reach = both.tables["reach"].assign(removed=3, sure=pd.array([2] * len(both.tables["reach"])))
+    reach["saved_share"] = -0.021
+    said = " ".join(f.text for f in findings({**both.tables, "reach": reach}, {}, 4))
+    assert "3 (2) with a linear map without any expert, adding 2.1%" in said
+    few = reach.assign(sure=pd.NA)
+    said = " ".join(f.text for f in findings({**both.tables, "reach": few}, {}, 4))
+    assert "3 with a linear map without any expert, adding 2.1%" in said
+
+
 def test_experts_are_drawn_from_every_layer(material):
-    fits = fits_of(material)["layer_norm"]
+    fits = fits_of(material)
 
     def drawn(**options):
         return sources_of(fits, SubstituteOptions(**options))[0]
@@ -402,6 +459,8 @@ def test_experts_are_drawn_from_every_layer(material):
     assert drawn(sources=4, source_layers=(1,)) == [Source(1, e) for e in range(EXPERTS)]
     with pytest.raises(OptionError, match="no such expert"):
         drawn(source_experts=(EXPERTS,))
+    with pytest.raises(ModelError, match="can stand in for L1E"):  # not after L0 has been fitted
+        drawn(sources=2, target_layers=(1,))
 
 
 def test_figures_draw_every_table(both, tmp_path):
@@ -427,6 +486,7 @@ def test_what_cannot_be_asked_is_refused(material, tmp_path):
         {"forms": ()},
         {"thresholds": ()},
         {"thresholds": (-0.1,)},
+        {"thresholds": (0.01, math.nan)},
         {"held_out_share": 1.0},
         {"tune_rate": 0.0},
         {"bootstrap": 0},

@@ -11,7 +11,7 @@ import models_zoo
 import moescope
 from moescope.analyses.swap_blocks.analysis import operations as blocks_work
 from moescope.analyses.swap_blocks.analysis import swap_blocks, swapped_blocks
-from moescope.analyses.swap_blocks.kept import Kept
+from moescope.analyses.swap_blocks.kept import Kept, Measured
 from moescope.analyses.swap_blocks.options import SwapBlocksOptions, layers_of
 from moescope.analyses.swap_blocks.reading import of_questions, of_text
 from moescope.analyses.swap_blocks.tables import _judge
@@ -19,7 +19,7 @@ from moescope.analyses.swap_experts.analysis import operations as experts_work
 from moescope.analyses.swap_experts.options import SwapExpertsOptions
 from moescope.corpora.packing import Packing
 from moescope.corpora.questions import Questions
-from moescope.errors import ModelError, OptionError
+from moescope.errors import CorpusError, ModelError, MoEScopeError, OptionError
 from moescope.evaluate.answers import compare_answers
 from moescope.evaluate.paired import compare
 from moescope.interventions.blocks import swap_blocks as exchanged
@@ -216,6 +216,10 @@ def test_the_slope_is_that_of_least_squares(planted_result, answers):
     far = answers.table.set_index("swap").loc[means.index, "distance"].astype(float)
     routing = answers.tables["decay"].set_index("measure").loc["routing"]
     assert routing["slope"] == pytest.approx(linregress(far, means).slope)
+    tested = answers.tables["decay"].dropna(subset="p_value")  # no answer is ever right
+    first, second = tested.sort_values("p_value").itertuples()
+    assert first.p_corrected == min(1, 2 * first.p_value)
+    assert second.p_corrected == max(first.p_corrected, second.p_value)
 
 
 def test_experts_alone_keep_the_routers_at_home(switch):
@@ -274,8 +278,12 @@ def test_the_plan_of_a_model_with_one_sparse_layer_is_made(switch):
     single = load(models_zoo.build("mixtral", num_hidden_layers=1))
     assert blocks_work(single, QUICK) > 0
     assert experts_work(single, SwapExpertsOptions()) > 0
-    more = blocks_work(switch, SwapBlocksOptions(left_out=True))
-    assert more > blocks_work(switch, SwapBlocksOptions())
+    # Three pairs of encoder layers, and the model as it is; three more readings.
+    three, six = (blocks_work(switch, SwapBlocksOptions(left_out=left)) for left in (False, True))
+    assert six / three == pytest.approx(7 / 4)
+    assert experts_work(switch, SwapExpertsOptions()) == three
+    two = experts_work(switch, SwapExpertsOptions(pairs=("1.0-3.0",)))
+    assert two / three == pytest.approx(2 / 4)
 
 
 def test_one_document_or_question_is_enough_to_read(switch):
@@ -315,9 +323,42 @@ def test_what_makes_no_sense_is_refused(switch):
     reading = of_questions(switch, questions(3))
     with pytest.raises(OptionError, match="unknown swap"):
         swapped_blocks(switch, reading, SwapBlocksOptions(shown=("1-7",)))
-    for bad in ({"margin_loss": -1.0}, {"bootstrap": 0}):
+    for bad in ({"margin_loss": -1.0}, {"margin_accuracy": float("nan")}, {"bootstrap": 0}):
         with pytest.raises(OptionError, match="too small"):
             SwapBlocksOptions(**bad)
+
+
+def test_questions_that_the_model_cannot_read_are_refused(switch):
+    model = load(models_zoo.build("mixtral"))  # reads 64 tokens
+    for length, fits in ((62, True), (63, False)):
+        asked = Questions.from_token_ids([([3], [4]), ([5] * length, [6, 7])])
+        of_questions(switch, asked)  # whose positions have no end
+        if fits:
+            of_questions(model, asked)
+            continue
+        with pytest.raises(CorpusError, match=r"65 tokens among questions 1 to 2.*at most 64"):
+            of_questions(model, asked)
+
+
+def test_a_model_whose_loss_is_no_number_is_refused():
+    """Sums leave NaN out, and a broken expert would look like a good one."""
+    model = load(models_zoo.build("mixtral", num_hidden_layers=2))
+    with torch.no_grad():
+        for tensor in model.layers[1].expert_tensors(0).values():
+            tensor.fill_(torch.nan)
+    with pytest.raises(ModelError, match=r"loss of the model is not a number"):
+        swapped_blocks(model, of_text(model, text(8)), QUICK)
+
+
+def test_a_truncated_part_is_named(tmp_path):
+    kept = Kept(tmp_path)
+    kept.save("baseline", Measured(pd.DataFrame({"loss": [1.0, 2.0]}), {}))
+    assert kept.load("baseline").units["loss"].tolist() == [1, 2]
+    whole = (tmp_path / "baseline.npz").read_bytes()
+    for size in (0, 10, len(whole) // 2, len(whole) - 4):
+        (tmp_path / "baseline.npz").write_bytes(whole[:size])
+        with pytest.raises(MoEScopeError, match=r"baseline\.npz.*Delete the file"):
+            kept.load("baseline")
 
 
 def test_an_interrupted_run_goes_on_after_what_it_kept(tmp_path, monkeypatch):

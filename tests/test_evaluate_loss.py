@@ -137,6 +137,6 @@ def test_training_mode_and_gradients_come_back(model):
 
 
 def test_a_corpus_without_predictions_is_refused(model):
-    one = moescope.Corpus.from_token_ids({"only": [[5]]})
+    one = moescope.Corpus.from_token_ids({"only": [[5]]}, PACKING)
     with pytest.raises(CorpusError, match="no prediction"):
         moescope.evaluate.loss(model, one)

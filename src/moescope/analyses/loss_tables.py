@@ -4,18 +4,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from scipy.special import stdtr, stdtrit
 
 from moescope.analyses.losses import Setting
-from moescope.evaluate.totals import (
-    Resampling,
-    counts,
-    difference_columns,
-    difference_reach,
-    mean_columns,
-)
-from moescope.measures.bootstrap import FEWEST_UNITS
-from moescope.measures.decisions import zero_mean_p_value
+from moescope.evaluate.draws import loss_difference
+from moescope.evaluate.totals import Resampling, counts, difference_columns, mean_columns
 from moescope.measures.multiple_tests import holm
 
 
@@ -48,9 +40,9 @@ def against_table(
 
     Returns:
         size; versus; draws, how many; difference with its interval; least and most of it over the
-        draws; p_value of no difference, of draws the larger of that over documents and that of a t
-        test of one more draw; p_corrected for the number of rows; verdict: `lower` or `higher`
-        where that is under 0.05, `open` elsewhere, nothing under 30 documents.
+        draws; p_value of no difference, of draws as `one_more_draw` has it; p_corrected for the
+        number of rows; verdict: `lower` or `higher` where that is under 0.05, `open` elsewhere,
+        nothing under 30 documents.
     """
     rows = []
     for own in compared:
@@ -59,34 +51,10 @@ def against_table(
             if setting[0] != own[0] and setting[1] == own[1]:
                 others.setdefault(setting[0], []).append(documents)
         for versus, draws in others.items():
-            row = {size: own[1], "versus": versus, "draws": len(draws)}
-            rows.append(row | _difference(sums[own], draws, resampling))
+            row = {size: own[1], "versus": versus}
+            random = len(draws) > 1
+            rows.append(row | loss_difference(sums[own], draws, resampling, random=random))
     return judged(pd.DataFrame(rows))
-
-
-def _difference(
-    own: pd.DataFrame, draws: Sequence[pd.DataFrame], resampling: Resampling
-) -> dict[str, object]:
-    each = [own["loss"] - draw["loss"] for draw in draws]
-    frame = own.assign(difference=sum(each) / len(each))
-    means = np.array([difference.sum() / own["tokens"].sum() for difference in each])
-    sums, tokens = frame["difference"].to_numpy(), frame["tokens"].to_numpy(dtype=float)
-    mean, reach, p_value = means.mean(), difference_reach(sums, tokens, resampling), np.nan
-    if len(own) >= FEWEST_UNITS:
-        p_value = zero_mean_p_value(sums)
-    if np.ptp(means) > 0:
-        free, spread = len(draws) - 1, means.std(ddof=1) * np.sqrt(1 + 1 / len(draws))
-        reach = np.hypot(reach, stdtrit(free, 0.975) * spread)
-        p_value = max(p_value, 2 * stdtr(free, -abs(mean) / spread))
-    return {
-        "difference": mean,
-        "difference_low": mean - reach,
-        "difference_high": mean + reach,
-        "least": means.min(),
-        "most": means.max(),
-        "p_value": p_value,
-        **counts(frame, resampling),
-    }
 
 
 def judged(table: pd.DataFrame) -> pd.DataFrame:

@@ -1,6 +1,7 @@
 """How well a model answers questions, and what interventions do to its answers."""
 
 import math
+from collections.abc import Iterator
 
 import pandas as pd
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from moescope.corpora.corpus import RESERVED_DOMAIN
 from moescope.corpora.questions import NO_TARGET, QuestionBatch, Questions
+from moescope.errors import CorpusError
 from moescope.evaluate.paired import BASELINE, Interventions, check_interventions
 from moescope.evaluate.predictions import Targets, evaluating, losses
 from moescope.evaluate.totals import Resampling, Totals, difference_columns, mean_columns
@@ -45,14 +47,14 @@ def compare_answers(
         `answer_columns`.
 
     Raises:
-        CorpusError: The questions are text, and the model has no tokenizer.
+        CorpusError: The questions are text, and the model has no tokenizer; or one is longer than
+            the model can read.
         OptionError: An intervention is called "baseline", or is itself a context manager.
     """
     check_interventions(interventions)
     totals = {name: Totals([RESERVED_DOMAIN]) for name in (BASELINE, *interventions)}
-    batches = questions.batches(model.tokenizer, decoder_start=decoder_start(model))
     with evaluating(model):
-        for batch in track(batches, "answers: batches"):
+        for batch in track(answer_batches(model, questions), "answers: batches"):
             totals[BASELINE].add(*answered(model, batch))
             for name, intervention in interventions.items():
                 with intervention():
@@ -63,6 +65,27 @@ def compare_answers(
         {"intervention": name} | answer_columns(changed, found[BASELINE], resampling)
         for name, changed in found.items()
     )
+
+
+def answer_batches(model: MoEModel, questions: Questions) -> Iterator[QuestionBatch]:
+    """Questions as a model reads them.
+
+    Raises:
+        CorpusError: The questions are text, and the model has no tokenizer; or one is longer than
+            the model can read.
+    """
+    most = model.context_length
+    for batch in questions.batches(model.tokenizer, decoder_start=decoder_start(model)):
+        for read in (batch.attention_mask, batch.targets):
+            if most is not None and read.shape[1] > most:
+                raise CorpusError(
+                    f"a question with its answer is longer than the model {model.name!r} can read",
+                    got=f"{read.shape[1]:,} tokens among questions {batch.first + 1} to "
+                    f"{batch.first + len(read)}",
+                    expected=f"at most {most:,}",
+                    remedy="Leave the longest questions out",
+                )
+        yield batch
 
 
 def decoder_start(model: MoEModel) -> int | None:

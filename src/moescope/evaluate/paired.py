@@ -141,7 +141,8 @@ def _moved(
         p, q = (logits[positions].float().log_softmax(-1) for logits in (baseline, changed))
         loss_p, loss_q = (-log.gather(1, ids[:, None])[:, 0] for log in (p, q))
         flips = p.argmax(-1) != q.argmax(-1)
-        divergence = (p.exp() * (p - q)).sum(-1).clamp_min(0)  # rounding may go below zero
+        terms = torch.where(p.isneginf(), 0, p.exp() * (p - q))  # 0 log 0 is 0
+        divergence = terms.sum(-1).clamp_min(0)  # rounding may go below zero
         parts.append(torch.stack([loss_q, loss_q - loss_p, divergence, flips.float()]))
     loss, difference, kl, flips = torch.cat(parts, dim=1)
     return {"loss": loss, "difference": difference, "kl": kl, "flips": flips}

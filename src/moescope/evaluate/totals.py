@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moescope.corpora.corpus import RESERVED_DOMAIN
-from moescope.errors import CorpusError
+from moescope.errors import CorpusError, ModelError
 from moescope.evaluate.predictions import Targets
 from moescope.measures.bootstrap import FEWEST_UNITS, ROUNDING, ratio_interval, resampled_counts
 
@@ -38,7 +38,18 @@ class Totals:
         self._sums: dict[Hashable, dict[Hashable, float]] = {}
 
     def add(self, targets: Targets, values: Mapping[str, Float[Tensor, " counted"]]) -> None:
-        """Add one batch: named values of each target."""
+        """Add one batch: named values of each target.
+
+        Raises:
+            ModelError: Some are not finite.
+        """
+        for what, each in values.items():
+            if not each.isfinite().all():  # sums would leave NaN out
+                raise ModelError(
+                    f"the {what} of the model is not a number at some tokens",
+                    got=f"{int((~each.isfinite()).sum())} of {len(each)} infinite or NaN",
+                    remedy="Check its weights with `moescope inspect`, or try another dtype",
+                )
         columns = {name: column.double().cpu().numpy() for name, column in values.items()}
         frame = pd.DataFrame({"tokens": 1, **columns})
         documents = [targets.domains.numpy(), targets.documents.numpy()]

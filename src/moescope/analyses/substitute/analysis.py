@@ -4,6 +4,7 @@ from moescope.analyses.fits import Fits
 from moescope.analyses.losses import Losses
 from moescope.analyses.material import Material
 from moescope.analyses.registry import analysis
+from moescope.analyses.substitute.comparisons import against_table
 from moescope.analyses.substitute.cost import operations
 from moescope.analyses.substitute.curve import curve_table, reach_table
 from moescope.analyses.substitute.findings import findings
@@ -11,7 +12,7 @@ from moescope.analyses.substitute.options import SubstituteOptions
 from moescope.analyses.substitute.removal import sizes_of
 from moescope.analyses.substitute.sources import sources_of
 from moescope.analyses.substitute.stand_ins import choices_of
-from moescope.analyses.substitute.tables import Measured, against_table, loss_table
+from moescope.analyses.substitute.tables import Measured, loss_table
 from moescope.analyses.substitute.tuning import Tuning
 from moescope.evaluate.predictions import require_decoder_only
 from moescope.evaluate.totals import Resampling

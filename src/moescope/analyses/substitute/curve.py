@@ -9,7 +9,8 @@ from moescope.analyses.fits import Source
 from moescope.analyses.losses import Losses
 from moescope.analyses.substitute.removal import Gone, removals, tried_counts
 from moescope.analyses.substitute.sources import decoder_layers
-from moescope.analyses.substitute.stand_ins import By, Choices, Kind, losses_with
+from moescope.analyses.substitute.stand_ins import By, Choices, Kind
+from moescope.analyses.substitute.tables import losses_with
 from moescope.evaluate.totals import Resampling, counts, difference_columns, mean_columns
 from moescope.models.view import MoEModel
 from moescope.progress import track
@@ -71,8 +72,8 @@ def reach_table(curve: pd.DataFrame, thresholds: Sequence[float]) -> pd.DataFram
     Returns:
         One row per kind and threshold. removed, the most experts that were tried, with all smaller
         numbers too, up to which the rise stays within; sure, the same of the upper end of its
-        interval; saved, saved_share at `removed`; next_tried, the number with which the rise is
-        above, nothing where none was.
+        interval (nothing without one); saved, saved_share at `removed`; next_tried, the number
+        with which the rise is above, nothing where none was.
     """
     rows = []
     for names, points in curve.groupby(_KIND, dropna=False, sort=False):
@@ -85,15 +86,19 @@ def reach_table(curve: pd.DataFrame, thresholds: Sequence[float]) -> pd.DataFram
                 dict(zip(_KIND, names, strict=True))
                 | {
                     "threshold": threshold,
-                    "removed": 0 if last is None else last["removed"],
-                    "sure": sure["removed"].max() if len(sure) else 0,
+                    "removed": _most(within),
+                    "sure": _most(sure) if points["rise_high"].notna().any() else pd.NA,
                     "next_tried": above["removed"].min() if len(above) else pd.NA,
                     "saved": 0 if last is None else last["saved"],
                     "saved_share": 0.0 if last is None else last["saved_share"],
                     "n_documents": points["n_documents"].iloc[0],
                 }
             )
-    return pd.DataFrame(rows).astype({"draw": "Int64", "next_tried": "Int64"})
+    return pd.DataFrame(rows).astype({"draw": "Int64", "sure": "Int64", "next_tried": "Int64"})
+
+
+def _most(points: pd.DataFrame) -> int:
+    return int(points["removed"].max()) if len(points) else 0
 
 
 def _leading(chosen: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:

@@ -7,6 +7,7 @@ import pandas as pd
 from moescope.analyses.fits import Source
 from moescope.analyses.substitute.tables import POOLED
 from moescope.corpora.corpus import RESERVED_DOMAIN
+from moescope.measures.bootstrap import FEWEST_UNITS
 from moescope.runs import Finding
 
 _FORMS = {"low_rank": "a low-rank adapter", "layer_norm": "a full adapter"}
@@ -25,6 +26,7 @@ _VERDICTS = {
     "open": "cannot be told from",
     "": "was not tested against",
 }
+_THAN = {"better": "do better than", "worse": "do worse than", "open": "cannot be told from"}
 
 
 def findings(
@@ -112,66 +114,71 @@ def _verdicts(compared: pd.DataFrame, behind: str) -> Finding:
         numbers[f"{row['by']}_{row['than']}"] = row["difference"]
     text = (
         f"Behind {behind}, by paired differences of the loss, {'; '.join(parts)} (p by Holm's "
-        "correction among these)."
+        "correction for all comparisons of the mean; of random experts interval and p are for one "
+        "more draw)."
     )
     return Finding(text=text, numbers=numbers)
 
 
 def _conclusion(compared: pd.DataFrame, behind: str) -> Finding:
     """Evidence is what neither a random expert nor a linear map does as well."""
-    pooled = compared[compared["source"] == POOLED]
-    each = compared[compared["source"] != POOLED]
-    names = [source for source, rows in each.groupby("source", sort=False) if _evident(rows)]
-    total = each["source"].nunique()
-    text = (
-        "There is evidence that experts of other layers do what these experts do: "
-        if _evident(pooled)
-        else "There is no evidence that experts of other layers do what these experts do: "
-    )
-    text += f"behind {behind} they {_than(pooled)}. Taken one by one, "
-    text += f"{len(names)} of {total} experts give such evidence"
-    text += f": {', '.join(map(str, names))}." if names else "."
-    return Finding(text=text, numbers={"evident": len(names), "sources": total})
+    pooled = _against_nulls(compared[compared["source"] == POOLED])
+    if not pooled.all():
+        text = (
+            f"Whether experts of other layers do what these experts do was not tested behind "
+            f"{behind}: it takes {FEWEST_UNITS} held-out documents and two draws of random experts."
+        )
+        return Finding(text=text)
+    each = compared[compared["source"] != POOLED].groupby("source", sort=False)
+    names = [str(source) for source, rows in each if _evident(_against_nulls(rows))]
+    text = "There is evidence" if _evident(pooled) else "There is no evidence"
+    text += f" that experts of other layers do what these experts do: behind {behind} they "
+    text += " and ".join(f"{_THAN[pooled[than]]} {_WORDS[than]}" for than in pooled.index)
+    text += f". Taken one by one, {len(names)} of {each.ngroups} experts give such evidence"
+    text += f": {', '.join(names)}." if names else "."
+    return Finding(text=text, numbers={"evident": len(names), "sources": each.ngroups})
 
 
-def _evident(rows: pd.DataFrame) -> bool:
-    """Whether they beat both random experts and the linear map."""
-    verdicts = rows.set_index("than")["verdict"]
-    return bool(all(verdicts[than] == "better" for than in ("random", "linear")))
+def _against_nulls(rows: pd.DataFrame) -> pd.Series:
+    """Verdicts against what needs no likeness."""
+    return rows.set_index("than")["verdict"].loc[["random", "linear"]]
 
 
-def _than(rows: pd.DataFrame) -> str:
-    verdicts = rows.set_index("than")["verdict"]
-    better = [than for than in ("random", "linear") if verdicts[than] == "better"]
-    others = [than for than in ("random", "linear") if than not in better]
-    said = []
-    if better:
-        said.append("do better than " + " and than ".join(_WORDS[than] for than in better))
-    if others:
-        said.append("do not do better than " + " or than ".join(_WORDS[than] for than in others))
-    return ", but ".join(said)
+def _evident(verdicts: pd.Series) -> bool:
+    return bool((verdicts == "better").all())
 
 
 def _reach(reach: pd.DataFrame, sources: int) -> list[Finding]:
     """How many experts go before the loss rises by each threshold."""
     found = []
     for threshold, rows in reach.groupby("threshold"):
-        parts, numbers = [], {}
-        for by, of_kind in rows.groupby("by", sort=False):
-            for form, of_form in of_kind.groupby("form", sort=False):
-                removed = sorted(of_form["removed"])
-                said = " to ".join(dict.fromkeys(map(str, (removed[0], removed[-1]))))
-                behind = f" behind {_FORMS[str(form)]}" if form else ""
-                share = of_form["saved_share"].mean()
-                parts.append(f"{said} with {_WORDS[str(by)]}{behind} (saving {share:.1%})")
-                numbers[f"{by}_{form}".rstrip("_")] = float(of_form["removed"].mean())
+        kinds = [of_kind for _, of_kind in rows.groupby(["by", "form"], sort=False)]
+        names = (of_kind[["by", "form"]].agg("_".join, axis=1).iloc[0] for of_kind in kinds)
         text = (
             f"Of these {sources} experts, as many can go together before the loss has risen by "
-            f"{threshold:.0%}: {'; '.join(parts)} of the parameters of all routed experts, what "
-            f"has to be kept instead counted ({rows['n_documents'].iloc[0]} documents)."
+            f"{threshold:.0%} (in brackets, as many surely, by the upper end of the interval): "
+            f"{'; '.join(map(_reached, kinds))}. Parameters are of all routed experts, what has to "
+            f"be kept instead counted ({rows['n_documents'].iloc[0]} documents)."
         )
+        means = (float(of_kind["removed"].mean()) for of_kind in kinds)
+        numbers = {name.rstrip("_"): mean for name, mean in zip(names, means, strict=True)}
         found.append(Finding(text=text, numbers=numbers))
     return found
+
+
+def _reached(rows: pd.DataFrame) -> str:
+    """With one kind of stand-in; of random experts over the draws."""
+    first, share = rows.iloc[0], rows["saved_share"].mean()
+    number = _from_to(rows["removed"])
+    if rows["sure"].notna().all():
+        number += f" ({_from_to(rows['sure'])})"
+    behind = f" behind {_FORMS[str(first['form'])]}" if first["form"] else ""
+    saved = "saving" if share >= 0 else "adding"
+    return f"{number} with {_WORDS[str(first['by'])]}{behind}, {saved} {abs(share):.1%}"
+
+
+def _from_to(numbers: pd.Series) -> str:
+    return " to ".join(dict.fromkeys(map(str, (numbers.min(), numbers.max()))))
 
 
 def _change(row: pd.Series) -> str:

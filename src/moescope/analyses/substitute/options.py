@@ -33,8 +33,8 @@ class SubstituteOptions:
     """Random experts are compared with experts of other layers as the best of equally many: this
     many, drawn from all (all, if there are no more). Of the layer of the source itself, as many as
     it has."""
-    random: int = 3
-    """Draws of random experts to compare with."""
+    random: int = RANDOM_SEEDS
+    """Draws of random experts to compare with; with a single one nothing can be told."""
     held_out_share: float = 0.2
     """Share of every domain's documents that losses are measured on, and nothing else."""
     max_tokens: int = 2_000
@@ -73,7 +73,7 @@ class SubstituteOptions:
             )
         if not self.forms:
             raise OptionError("there is no form of adapter to try")
-        if not self.thresholds or min(self.thresholds) <= 0:
+        if not (self.thresholds and all(threshold > 0 for threshold in self.thresholds)):
             raise OptionError("thresholds are rises above 0", got=self.thresholds)
         if not self.tune_rate > 0:
             raise OptionError("tune_rate trains nothing", got=self.tune_rate, expected="above 0")

@@ -29,6 +29,7 @@ def sources_of(fits: Fits, options: SubstituteOptions) -> tuple[list[Source], di
 
     Raises:
         CaptureError: None of them has enough tokens.
+        ModelError: Nothing can stand in for one of them.
         OptionError: There is no such layer or expert.
     """
     found, refused = list[Source](), dict[Source, str]()
@@ -46,6 +47,8 @@ def sources_of(fits: Fits, options: SubstituteOptions) -> tuple[list[Source], di
             got=", ".join(f"{source}: {status}" for source, status in refused.items()),
             remedy="Capture more text, or with more tokens_per_expert",
         )
+    for source in found:  # before the first of them is fitted
+        targets_of(fits.material.model, source, options)
     return sorted(found), refused
 
 

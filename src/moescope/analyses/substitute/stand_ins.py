@@ -7,14 +7,12 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Literal, NamedTuple
 
-import pandas as pd
 import torch
 
 from moescope.alignment.controls import linear_map
 from moescope.alignment.held_out import HeldOut
 from moescope.alignment.randomness import generator
 from moescope.analyses.fits import Fits, Fitted, Source, Target
-from moescope.analyses.losses import Losses, entered
 from moescope.analyses.substitute.options import AdapterForm, SubstituteOptions
 from moescope.analyses.substitute.sources import drawn, neighbours, targets_of
 from moescope.experts.adapter import Adapter
@@ -202,9 +200,3 @@ def _stand_in(fits: Fits, kind: Kind, fitted: Fitted, candidates: int) -> StandI
         adapter=adapter,
         behind=lambda given: fits.substituting(replace(bare, adapter=given)),
     )
-
-
-def losses_with(losses: Losses, stand_ins: Sequence[StandIn]) -> pd.DataFrame:
-    """With these in the place of their sources, all at once; see `Losses.of`."""
-    name = "+".join(sorted(stand_in.name for stand_in in stand_ins))
-    return losses.of(name, lambda: entered([stand_in.enter() for stand_in in stand_ins]))

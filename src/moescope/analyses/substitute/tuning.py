@@ -14,7 +14,8 @@ from moescope.analyses.fits import Fits
 from moescope.analyses.substitute.options import SubstituteOptions
 from moescope.analyses.substitute.stand_ins import StandIn
 from moescope.corpora.packing import Batch
-from moescope.corpora.rows import rows_holding
+from moescope.corpora.rows import batched, joined, rows_holding
+from moescope.errors import CorpusError
 from moescope.evaluate.predictions import Targets, forward, losses
 from moescope.experts.adapter import Adapter
 from moescope.models.view import MoEModel
@@ -24,17 +25,31 @@ from moescope.progress import track
 class Tuning:
     """Trains adapters, and keeps them in a folder.
 
+    They learn from rows in which no token is held out: others would be their context.
+
     Args:
         fits: Which documents they may learn from.
         options: Steps, rate, seed, tokens of text.
         folder: Where they are kept.
+
+    Raises:
+        CorpusError: There is no such row.
     """
 
     def __init__(self, fits: Fits, options: SubstituteOptions, folder: Path) -> None:
         material = fits.material
         corpus = material.text(options.tokens)
         read = corpus.batches(material.model.tokenizer)
-        self._batches = list(rows_holding(read, ~fits.tokens.held_out, corpus.packing.rows))
+        rows = joined(rows_holding(read, ~fits.tokens.held_out, corpus.packing.rows))
+        seen = fits.tokens.held_out[rows["documents"].clamp_min(0)] & (rows["documents"] >= 0)
+        alone = (~seen.any(1)).nonzero()[:, 0]
+        if not len(alone):
+            raise CorpusError(
+                "every row of text holds tokens of held-out documents, so that nothing is left to "
+                "train adapters on",
+                remedy="Capture with shorter rows or unpacked documents, or leave out tune_steps",
+            )
+        self._batches = batched(rows, alone, corpus.packing.rows)
         self._model, self._options, self._folder = material.model, options, folder
 
     def tuned(self, stand_in: StandIn) -> StandIn:
@@ -42,7 +57,7 @@ class Tuning:
         adapter = stand_in.adapter()
         if adapter is None:
             return stand_in
-        training = f"-tuned-{self._options.tune_steps}-{self._options.tune_rate:g}"
+        training = f"-tuned-{self._options.tune_steps}-{self._options.tune_rate}"
         path = self._folder / f"{stand_in.name}{training}.safetensors"
         if not path.exists():
             self._train(stand_in, adapter).save(path)

@@ -1,28 +1,27 @@
 """What exchanging the blocks of two layers changes (MoE Align)."""
 
+from math import comb
+
 from moescope.analyses.material import Material
 from moescope.analyses.registry import analysis
+from moescope.analyses.swap_blocks.cost import reading_operations
 from moescope.analyses.swap_blocks.decay import decay_table
 from moescope.analyses.swap_blocks.findings import against_left_out, findings
 from moescope.analyses.swap_blocks.kept import Kept
-from moescope.analyses.swap_blocks.options import SwapBlocksOptions, layers_of, pairs_of
+from moescope.analyses.swap_blocks.options import SwapBlocksOptions, layers_of, sparse_layers
 from moescope.analyses.swap_blocks.passes import read_unchanged, run_swaps
 from moescope.analyses.swap_blocks.reading import Reading, basis, kept_of, reading_of
 from moescope.analyses.swap_blocks.routing import distortion_table, shares_table
 from moescope.analyses.swap_blocks.swaps import block_swaps, left_out, shown_swaps
 from moescope.analyses.swap_blocks.tables import change_table
-from moescope.analyses.work import parameters_met
 from moescope.models.view import MoEModel
 from moescope.runs import Result
 
 
 def operations(model: MoEModel, options: SwapBlocksOptions) -> float:
-    """Floating-point operations of all passes; of questions a guess at their length."""
-    swaps = pairs_of(model, options.stack)
-    if options.left_out:
-        swaps += len(model.layers)
-    tokens = 40 * options.most_questions if options.questions else options.tokens
-    return 2.0 * parameters_met(model) * tokens * (1 + swaps)
+    """Floating-point operations with every pair of blocks, and without each layer if asked for."""
+    layers = len(sparse_layers(model, options.stack)[1])
+    return reading_operations(model, options, comb(layers, 2) + options.left_out * layers)
 
 
 @analysis(

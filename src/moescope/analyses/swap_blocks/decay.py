@@ -17,6 +17,7 @@ from moescope.captures.places import Place
 from moescope.evaluate.totals import difference_columns
 from moescope.measures.dyadic import mantel
 from moescope.measures.jackknife import limits
+from moescope.measures.multiple_tests import holm
 
 _PERMUTATIONS = 1_000
 
@@ -30,7 +31,8 @@ def decay_table(swaps: Swaps, options: SwapOptions) -> pd.DataFrame:
         squares over the swaps, per layer of distance, with 95% limits over documents or questions
         (NaN under 30); rank_correlation with the distance over pairs of layers, and p_value, the
         share of permutations of the layers with one as far from 0 (Mantel 1967), since pairs that
-        share a layer are not independent; n_swaps, n_layers. Empty where no two distances differ.
+        share a layer are not independent; p_corrected, by Holm for the number of measures;
+        n_swaps, n_layers. Empty where no two distances differ.
     """
     pairs = [swap.places for swap in swaps.measured]
     distances = np.array([float(abs(one.layer - other.layer)) for one, other in pairs])
@@ -46,13 +48,13 @@ def decay_table(swaps: Swaps, options: SwapOptions) -> pd.DataFrame:
         slope = difference_columns(frame, "slope", resampling_of(options))
         rows.append({"measure": measure} | slope | _ranks(swaps, harm.sum(0), options.seed))
     decoder = [place for place in swaps.baseline.counts if place.stack == "decoder"]
-    if pairs[0][0].stack == "decoder" or not decoder:
-        return pd.DataFrame(rows)
-    moved = _moved(swaps, decoder)
-    low, high = limits(moved @ weights)
-    slope = {"slope": moved[0] @ weights, "slope_low": float(low), "slope_high": float(high)}
-    rows.append({"measure": "routing"} | slope | _ranks(swaps, moved[0], options.seed))
-    return pd.DataFrame(rows)
+    if pairs[0][0].stack == "encoder" and decoder:
+        moved = _moved(swaps, decoder)
+        low, high = limits(moved @ weights)
+        slope = {"slope": moved[0] @ weights, "slope_low": float(low), "slope_high": float(high)}
+        rows.append({"measure": "routing"} | slope | _ranks(swaps, moved[0], options.seed))
+    table = pd.DataFrame(rows)
+    return table.assign(p_corrected=holm(table["p_value"].to_numpy(dtype=float)))
 
 
 def _harm(swaps: Swaps, measure: str) -> Float[Array, "units swaps"]:

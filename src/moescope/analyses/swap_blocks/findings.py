@@ -57,8 +57,8 @@ def _extremes(done: pd.DataFrame, measure: str) -> Finding:
     before = mild[measure] - mild[f"{measure}_difference"]
     text = (
         f"Unchanged, the model has {_named(done, measure)} {before:.3f} ({_rests_on(mild)}). The "
-        f"mildest swap, {mild['swap']}, changes it by {_change(mild, measure)}; the worst, "
-        f"{worst['swap']}, by {_change(worst, measure)}."
+        f"mildest of {len(done)} swaps, {mild['swap']}, changes it by {_change(mild, measure)}; "
+        f"the worst, {worst['swap']}, by {_change(worst, measure)}."
     )
     numbers = {"unchanged": before} | {
         f"{name}_{measure}_difference": float(row[f"{measure}_difference"])
@@ -102,7 +102,7 @@ def _decay(decay: pd.DataFrame) -> list[Finding]:
             numbers["rank_correlation"] = float(row["rank_correlation"])
             text += (
                 f"; rank correlation {row['rank_correlation']:.2f} over {row['n_swaps']} pairs of "
-                f"{row['n_layers']} layers, p = {row['p_value']:.3f} by permuting layers"
+                f"{row['n_layers']} layers, p = {row['p_corrected']:.3f} by permuting layers"
             )
         text += (
             ". Pairs are few and share layers: the interval is about the text, not about layers."

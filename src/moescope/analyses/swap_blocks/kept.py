@@ -5,6 +5,8 @@
 KEY names everything that the numbers depend on, but for the swap.
 """
 
+import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ import pandas as pd
 from jaxtyping import Int64
 
 from moescope.captures.places import Place
+from moescope.errors import MoEScopeError
 from moescope.runs import Run, write_atomically
 
 
@@ -39,18 +42,21 @@ class Kept:
         return cls(run.parts_folder("swaps", key))
 
     def load(self, name: str) -> Measured | None:
-        """What was saved under a name; None if nothing was."""
+        """What was saved under a name; None if nothing was.
+
+        Raises:
+            MoEScopeError: The file is truncated or altered.
+        """
         path = self._path(name)
         if not path.exists():
             return None
         counts, units = dict[Place, Int64[np.ndarray, "groups experts"]](), {}
-        with np.load(path) as file:
-            for key, array in file.items():
-                match key.split():
-                    case ["encoder" | "decoder" as stack, layer]:
-                        counts[Place(stack, int(layer))] = array
-                    case _:
-                        units[key] = array
+        for key, array in _arrays(path).items():
+            match key.split():
+                case ["encoder" | "decoder" as stack, layer]:
+                    counts[Place(stack, int(layer))] = array
+                case _:
+                    units[key] = array
         return Measured(pd.DataFrame(units), counts)
 
     def save(self, name: str, measured: Measured) -> None:
@@ -67,3 +73,15 @@ class Kept:
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.npz"
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path) as file:
+            return dict(file)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise MoEScopeError(
+            f"cannot read what was measured of a swap: {path}",
+            got=error,
+            remedy="Delete the file and run the same command again",
+        ) from error

@@ -35,7 +35,7 @@ class SwapOptions:
         lowest |= {"margin_accuracy": 0, "margin_loss": 0}
         for name, least in lowest.items():
             value = getattr(self, name)
-            if value < least:
+            if not value >= least:  # nor is NaN
                 raise OptionError(f"{name} is too small", got=value, expected=f"at least {least}")
 
 
@@ -59,7 +59,7 @@ def layers_of(model: MoEModel, stack: Stack | None) -> list[MoELayer]:
     Raises:
         ModelError: There are fewer than two.
     """
-    chosen, layers = _sparse_layers(model, stack)
+    chosen, layers = sparse_layers(model, stack)
     if len(layers) < 2:
         raise ModelError(
             f"the {chosen} of the model {model.name!r} has fewer than two sparse layers, so that "
@@ -70,13 +70,8 @@ def layers_of(model: MoEModel, stack: Stack | None) -> list[MoELayer]:
     return layers
 
 
-def pairs_of(model: MoEModel, stack: Stack | None) -> int:
-    """How many pairs of sparse layers there are; 0 where `layers_of` will refuse."""
-    number = len(_sparse_layers(model, stack)[1])
-    return number * (number - 1) // 2
-
-
-def _sparse_layers(model: MoEModel, stack: Stack | None) -> tuple[Stack, list[MoELayer]]:
+def sparse_layers(model: MoEModel, stack: Stack | None) -> tuple[Stack, list[MoELayer]]:
+    """The stack that is meant, and its sparse layers, however few."""
     stacks: dict[Stack, list[MoELayer]] = {"encoder": [], "decoder": []}
     for layer in model.layers:
         stacks[layer.stack].append(layer)

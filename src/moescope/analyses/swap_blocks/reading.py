@@ -15,7 +15,7 @@ from moescope.corpora.corpus import Corpus
 from moescope.corpora.packing import Batch
 from moescope.corpora.questions import NO_TARGET, QuestionBatch, Questions
 from moescope.errors import ModelError
-from moescope.evaluate.answers import answered, decoder_start
+from moescope.evaluate.answers import answer_batches, answered
 from moescope.evaluate.predictions import Targets, forward, losses
 from moescope.models.view import MoEModel, Stack
 
@@ -96,9 +96,12 @@ def of_text(model: MoEModel, corpus: Corpus) -> Reading:
 
 
 def of_questions(model: MoEModel, questions: Questions) -> Reading:
-    """Questions."""
-    batches = questions.batches(model.tokenizer, decoder_start=decoder_start(model))
-    return Reading([QuestionPassage(batch) for batch in batches], "questions")
+    """Questions.
+
+    Raises:
+        CorpusError: One of them is longer than the model can read.
+    """
+    return Reading([QuestionPassage(b) for b in answer_batches(model, questions)], "questions")
 
 
 def questions_of(options: SwapOptions) -> Questions:

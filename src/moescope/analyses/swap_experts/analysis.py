@@ -1,18 +1,20 @@
 """What exchanging single experts of two layers changes (MoE Align)."""
 
+from math import comb
+
 from moescope.analyses.material import Material
 from moescope.analyses.registry import analysis
+from moescope.analyses.swap_blocks.cost import reading_operations
 from moescope.analyses.swap_blocks.decay import decay_table
 from moescope.analyses.swap_blocks.findings import findings
 from moescope.analyses.swap_blocks.kept import Kept
-from moescope.analyses.swap_blocks.options import layers_of, pairs_of
+from moescope.analyses.swap_blocks.options import layers_of, sparse_layers
 from moescope.analyses.swap_blocks.passes import read_unchanged, run_swaps
 from moescope.analyses.swap_blocks.reading import Reading, basis, kept_of, reading_of
 from moescope.analyses.swap_blocks.routing import distortion_table, shares_table
 from moescope.analyses.swap_blocks.tables import change_table
 from moescope.analyses.swap_experts.options import SwapExpertsOptions
 from moescope.analyses.swap_experts.swaps import expert_swaps
-from moescope.analyses.work import parameters_met
 from moescope.models.view import MoEModel
 from moescope.runs import Result
 
@@ -20,12 +22,11 @@ _SHOWN = 3
 
 
 def operations(model: MoEModel, options: SwapExpertsOptions) -> float:
-    """Floating-point operations of all passes; of questions a guess at their length."""
-    swaps = len(options.pairs) or pairs_of(model, options.stack)
+    """Floating-point operations with every pair of experts."""
+    swaps = len(options.pairs) or comb(len(sparse_layers(model, options.stack)[1]), 2)
     if options.layers:
         swaps = model.layers[0].num_experts ** 2
-    tokens = 40 * options.most_questions if options.questions else options.tokens
-    return 2.0 * parameters_met(model) * tokens * (1 + swaps)
+    return reading_operations(model, options, swaps)
 
 
 @analysis(

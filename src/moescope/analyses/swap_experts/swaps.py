@@ -32,7 +32,9 @@ def expert_swaps(
     """
     by_number = {layer.index: layer for layer in layers}
     if options.pairs:
-        pairs = [_pair(text, by_number) for text in dict.fromkeys(options.pairs)]
+        asked = [_pair(text, by_number) for text in options.pairs]
+        # Either way round it is the same swap: the first stays.
+        pairs = [p for i, p in enumerate(asked) if p not in asked[:i] and p[::-1] not in asked[:i]]
     elif options.layers:
         one, other = (_layer(number, by_number) for number in options.layers)
         numbers = product(range(one.num_experts), range(other.num_experts))
@@ -53,6 +55,8 @@ def _pair(text: str, layers: dict[int, MoELayer]) -> tuple[Expert, Expert]:
     one, other = _layer(a, layers), _layer(b, layers)
     one.check_experts([e])
     other.check_experts([f])
+    if (a, e) == (b, f):
+        raise OptionError("an expert cannot change places with itself", got=text)
     return (one, e), (other, f)
 
 

@@ -28,13 +28,15 @@ COLUMNS = {
     "domain": "Kind of text; all = every domain together.",
     "loss": "Negative log-likelihood of the held-out documents, nats per token.",
     "difference": "Loss minus that of the model as it is, or of what it is compared with, on the "
-    "same tokens.",
+    "same tokens. Intervals are over documents; where random experts are compared with, also over "
+    "what one more draw of them would cost.",
     "of_zero": "difference as a share of what zero-ablation costs; none where that costs nothing.",
     "least, most": "Of the difference from one draw of random experts.",
-    "p_value, p_corrected": "Of no difference, two-sided over documents; by Holm's correction "
-    "among the comparisons of the mean, and among those of single experts.",
-    "verdict": "better or worse: p_corrected below 0.05, and the same side in every draw; open: "
-    "neither.",
+    "p_value, p_corrected": "Of no difference, two-sided over documents; of random experts, of "
+    "what is compared being one more draw of them; by Holm's correction among the comparisons of "
+    "the mean, and among those of single experts.",
+    "verdict": "better or worse: p_corrected below 0.05; open: neither; nothing under 30 documents "
+    "or two draws.",
     "removed": "Experts that are taken out together.",
     "parameters": "Theirs.",
     "saved, saved_share": "Parameters of experts that go minus those that have to be kept "
@@ -73,7 +75,7 @@ def _named(table: pd.DataFrame) -> pd.DataFrame:
     """With a name of what stands in."""
     names = table["by"].map(_WORDS) + table["form"].map(_FORMS)
     if "tuned" in table:
-        names += table["tuned"].map({True: ", trained further", False: ""})
+        names += table["tuned"].map({True: ", tuned", False: ""})
     return table.assign(stand_in=names)
 
 
@@ -118,7 +120,7 @@ def _loss(table: pd.DataFrame) -> Figure:
         f"{experts} experts that are taken out one at a time, with its 95% interval over documents "
         "(none under 30). Random experts are chosen from as many as those drawn from "
         "other layers, so that these two may be compared; short bars are single draws of random "
-        "experts.",
+        "experts. Tuned: adapter or map trained further on the loss of the model.",
         limits="The best of other layers had more to choose from than any random one. Intervals "
         "of dots overlap where differences are clear all the same, since all are measured on the "
         "same tokens: the table of comparisons says which are. About other experts than these "

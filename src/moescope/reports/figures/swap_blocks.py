@@ -39,7 +39,7 @@ COLUMNS = {
     "slope": "Least-squares slope over swaps, per layer of distance: of the accuracy lost, of the "
     "rise of the loss, or of the mean divergence over decoder layers.",
     "rank_correlation, p_value": "Of distance and change over pairs of layers, tested by permuting "
-    "layers.",
+    "layers; p_corrected by Holm's correction for the number of measures.",
 }
 
 _MOST_COLOURS = 8
