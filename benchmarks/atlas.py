@@ -46,7 +46,7 @@ def predicted(shape: Shape, targets: int, options: AtlasOptions) -> float:
     """Floating-point operations of the same."""
     train = round((1 - options.held_out_share) * options.max_tokens)
     pairs = targets * pair_operations(shape, options, train)
-    return pairs + source_operations(shape, options, train)
+    return pairs + source_operations(shape, [shape], options, train)
 
 
 def main() -> None:

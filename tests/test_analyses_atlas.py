@@ -1,10 +1,14 @@
 import dataclasses
+import json
 import math
+import re
+import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.stats import t as student
 
 import moescope
 from models_zoo import build
@@ -12,16 +16,20 @@ from moescope.alignment.options import RANDOM_SEEDS
 from moescope.alignment.score import Errors, score_of
 from moescope.analyses.atlas import sources as atlas_sources
 from moescope.analyses.atlas.analysis import atlas, operations
-from moescope.analyses.atlas.cost import Shape, counts, fit_operations
+from moescope.analyses.atlas.chance import PAIR, chance_p_values, random_rows, tail_p_values
+from moescope.analyses.atlas.cost import Shape, counts, fit_operations, shapes_of
 from moescope.analyses.atlas.options import AtlasOptions, sampled_experts, shortlisted
 from moescope.analyses.atlas.plan import Gpu, atlas_plan
 from moescope.analyses.atlas.recall import recall
 from moescope.analyses.atlas.screening import overlap
 from moescope.analyses.atlas.selection import with_stages
 from moescope.analyses.atlas.tables import score_p_values, with_p_values
+from moescope.cli import main
 from moescope.corpora.packing import Packing
-from moescope.errors import OptionError
+from moescope.errors import MoEScopeError, OptionError
 from moescope.reports.registry import chapter
+from test_reports import Page
+from test_reports_browser import CHROMIUM, opened
 
 QUICK = {
     "experts_per_layer": None,
@@ -102,9 +110,13 @@ def test_every_pair_has_a_row_and_only_fitted_ones_have_numbers(found):
     assert table[fitted].score.notna().all()
     assert (table.groupby(["source_layer", "source_expert"]).sampled.sum() == 1).all()
     assert (table[fitted].fvu_linear > 0).all()
+    random = found.tables["random"]
+    means = random[random.kind == "same output space"].groupby(PAIR).fvu.mean()
+    kept = table[fitted].set_index(PAIR).fvu_random_down
+    assert means.to_dict() == pytest.approx(kept.to_dict(), rel=1e-6)
 
 
-def test_a_second_call_computes_nothing(planted, found, monkeypatch):
+def test_a_second_call_computes_nothing(planted, found, tmp_path, monkeypatch):
     folder, model = planted
 
     def fail(*_args, **_options):
@@ -115,6 +127,12 @@ def test_a_second_call_computes_nothing(planted, found, monkeypatch):
     again = atlas(folder, model=model, **QUICK)
     pd.testing.assert_frame_equal(again.table, found.table)
     assert again.tables["cost"].empty
+    shutil.copytree(folder, tmp_path / "run")
+    parts = (tmp_path / "run").glob("results/atlas/*/L*E*.parquet")
+    for part in parts:
+        part.write_bytes(part.read_bytes()[:-20])
+    with pytest.raises(MoEScopeError, match="cannot read .*L0E0.parquet"):
+        atlas(tmp_path / "run", model=model, **QUICK)
 
 
 def test_the_cost_of_a_call_is_in_its_result(found):
@@ -285,13 +303,72 @@ def test_p_values_are_not_too_small_where_nothing_is_alike():
 def test_p_value_at_the_end_of_the_interval_and_correction_for_all_pairs():
     # An interval that ends at zero is a one-sided test at 2.5%.
     assert score_p_values(np.array([0.5]), np.array([0.0]))[0] == pytest.approx(0.025)
-    frame = pd.DataFrame({"score": [1.0, 0.2] + [np.nan] * 98})
+    frame = pd.DataFrame(dict(zip(PAIR, np.indices((1, 1, 1, 100)).reshape(4, -1), strict=True)))
+    frame["score"] = [1.0, 0.2] + [np.nan] * 98
     frame["score_low"] = [0.97, 0.1] + [np.nan] * 98
-    corrected = with_p_values(frame)
+    frame["fvu"] = [1e-9, 0.1] + [np.nan] * 98
+    beside = {"kind": (0.9, 1.0, 1.1, 1.0, 0.9)}
+    random = pd.DataFrame([row for i in range(2) for row in random_rows((0, 0, 0, i), beside)])
+    corrected = with_p_values(frame, random)
     p = score_p_values(np.array([1.0]), np.array([0.97]))[0]
     assert corrected.p_holm[0] == pytest.approx(100 * p)  # for those that screening left out too
     assert corrected.claimed.tolist() == [True] + [False] * 99
     assert corrected.p_holm[2:].isna().all()
+    # No better than its random experts, whatever the interval says.
+    frame.loc[0, "fvu"] = 0.95
+    assert not with_p_values(frame, random).claimed.any()
+
+
+def test_a_p_value_of_chance_by_hand():
+    chance = np.array([-2.0, -1, 0.1, 0.2, 0.4])
+    values = np.array([-1.0, 0.2, 0.3, 0.4, 0.8, np.nan])
+    expected = []
+    for x in values[1:-1]:
+        bounds = [(k + 1) / 6 * min(1, q / x) ** 4 for k, q in ((1, 0.4), (2, 0.2), (3, 0.1))]
+        expected.append(max(bounds))
+    assert expected[:3] == [3 / 6, 2 / 6, 2 / 6]
+    assert tail_p_values(values, chance).tolist() == pytest.approx(
+        [1, *expected, np.nan], nan_ok=True
+    )
+
+
+def outliers(random, size):
+    """Levels of FVU of which three in a hundred lie far out, on the low side."""
+    return (0.9 + 0.03 * random.normal(size=size)) * np.where(random.random(size) < 0.03, 0.6, 1)
+
+
+def skewed(random, size):
+    return np.maximum(0.95 - 0.05 * random.exponential(size=size), 0.03)
+
+
+def uneven(random, size):
+    """Some sources spread ten times as much as others."""
+    return 0.9 * np.exp(-random.lognormal(-4, 1, (size[0], 1, 1)) * random.exponential(size=size))
+
+
+@pytest.mark.parametrize("levels", [outliers, skewed, uneven])
+def test_chance_alone_claims_no_pair_and_a_copy_is_claimed(levels):
+    """The best of 8 in 5 layers for 12 experts; random experts of one law with them."""
+    random, number = np.random.default_rng(0), 12 * 5 * 8
+    pairs = pd.DataFrame(dict(zip(PAIR, np.indices((1, 12, 5, 1)).reshape(4, -1), strict=True)))
+    table = pd.concat([pairs.loc[pairs.index.repeat(5)]] * 2, ignore_index=True)
+    table = table.assign(kind=np.repeat(["down", "all"], 300), number=np.arange(600) % 5)
+    false, true, too_many = 0, 0, 0
+    for atlas_number in range(100):
+        own = levels(random, (12, 5, 18))
+        fvu, down, others = own[..., :8].min(-1).ravel(), own[..., 8:13], own[:, :1, 13:]
+        table["fvu"] = np.stack([down, np.broadcast_to(others, down.shape)]).ravel()
+        false += (chance_p_values(pairs.assign(fvu=fvu), table) * number < 0.05).any()
+        # What five random experts of its own say of a pair: a t test of one more.
+        down = down.reshape(-1, 5)
+        t = (down.mean(1) - fvu) / down.std(1, ddof=1) / math.sqrt(1.2)
+        too_many += (student.sf(t, 4) * number < 0.05).any()
+        if atlas_number < 30:
+            fvu[7] = 0.05
+            true += chance_p_values(pairs.assign(fvu=fvu), table)[7] * number < 0.05
+    assert false <= 0.05 * 100 + 2 * math.sqrt(100 * 0.05 * 0.95)
+    assert true >= 26
+    assert too_many > 0.05 * 100
 
 
 def test_counts_by_hand():
@@ -309,6 +386,56 @@ def test_counts_by_hand():
         shapes[0], options.converged_fit(), 1_000
     )
     assert ratio == pytest.approx(2, rel=0.02)  # but for its start
+
+
+def test_layers_of_different_shapes_and_the_counts_of_their_fits(tmp_path):
+    whole, other = (
+        build("mixtral", intermediate_size=wide, num_local_experts=2, num_hidden_layers=3)
+        for wide in (64, 48)
+    )
+    whole.model.layers[1].mlp = other.model.layers[1].mlp
+    model = moescope.load(whole)
+    ids = np.random.default_rng(0).integers(3, 97, size=(40, 24)).tolist()
+    corpus = moescope.Corpus.from_token_ids({"a": ids}, Packing(length=24, packed=False))
+    moescope.capture(model, corpus, tmp_path)
+    options = QUICK | {"steps": 2, "short_steps": 2, "max_tokens": 400, "rejected": 0}
+    result = atlas(tmp_path, model=model, **options)
+    cost = result.tables["cost"].set_index("fits_of")
+    need = counts([Shape(2, 32, 64), Shape(2, 32, 48), Shape(2, 32, 64)], AtlasOptions(**options))
+    assert len(result.table) == need.pairs == 6 * 4
+    assert result.table.fvu.notna().sum() == need.converged_pairs == 6 * 2
+    # All-random experts are shared by targets of one shape: of two shapes for four experts.
+    controls = RANDOM_SEEDS * (12 + 4 * 2 + 2 * 1) + 6
+    assert cost.loc["converged", "fits"] == need.converged_fits == 12 + controls
+    assert cost.loc["short", "fits"] == need.short_fits
+    most = need.short_operations + need.converged_operations
+    assert 0.9 * most < cost.operations.sum() <= 1.1 * most  # which of the rejected is drawn
+
+
+def test_the_rejected_are_drawn_from_where_there_are_some():
+    """A layer of one expert has none, and leaves the others as many."""
+    options = AtlasOptions(experts_per_layer=None, rejected=3, controls=False)
+    need = counts([Shape(2, 32, 64), Shape(1, 32, 64), Shape(4, 32, 64)], options)
+    assert need.converged_pairs == 2 * (2 + 3) + (2 + 3) + 4 * (2 + 1)
+
+
+def test_a_configuration_is_enough_for_a_dry_run(tmp_path, capsys):
+    model = build("qwen2_moe", num_hidden_layers=3)
+    model.config.save_pretrained(tmp_path)
+    quick = ["--experts-per-layer", "2", "--steps", "5", "--max-tokens", "300"]
+    assert main(["atlas", str(tmp_path), "--dry-run", "--json", *quick]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    options = AtlasOptions(experts_per_layer=2, steps=5, max_tokens=300)
+    assert plan["counts"] == dataclasses.asdict(
+        counts(shapes_of(moescope.load(model), options), options)
+    )
+    assert plan["seconds"]["0"] > 0
+    (tmp_path / "config.json").write_text("{")
+    assert main(["atlas", str(tmp_path), "--dry-run"]) == 1
+    assert "cannot read the configuration" in capsys.readouterr().err
+    (tmp_path / "config.json").unlink()
+    assert main(["atlas", str(tmp_path), "--dry-run"]) == 1
+    assert "holds no config.json" in capsys.readouterr().err
 
 
 def test_the_plan_says_what_is_predicted_and_what_assumed(planted):
@@ -377,3 +504,65 @@ def test_screening_is_kept_apart_from_what_it_does_not_depend_on():
     assert set(atlas_sources._NOT_OF_SCREENING) <= {
         f.name for f in dataclasses.fields(AtlasOptions)
     }
+
+
+CLICK = """
+<!doctype html><meta charset="utf-8"><iframe src="{page}" width="1200" height="3000"></iframe>
+<script>
+const frame = document.querySelector("iframe");
+const pause = () => new Promise((done) => setTimeout(done, 300));
+const cells = (side) => [...frame.contentDocument.querySelectorAll("#atlas-layers path")]
+  .map((mark) => [mark, mark.__data__?.tooltip])
+  .filter(([, told]) => told?.layers && (side === "experts") === ("imitated expert" in told));
+const shown = () => cells("experts").map(([, told]) =>
+  [told.layers, +told["imitated expert"], +told["imitating expert"], told["{shown}"]]);
+async function probe() {{
+  const page = frame.contentDocument;
+  if (page.documentElement.dataset.charts !== "drawn") return setTimeout(probe, 100);
+  const found = {{ layers: cells("layers").map(([, told]) => told.layers), first: shown() }};
+  const [mark] = cells("layers").find(([, told]) => told.layers === "{clicked}");
+  const box = mark.getBoundingClientRect();
+  const place = {{ bubbles: true, clientX: box.x + 2, clientY: box.y + 2 }};
+  for (const type of ["pointerdown", "pointerup", "click"])
+    mark.dispatchEvent(new PointerEvent(type, place));
+  await pause();
+  found.clicked = shown();
+  const selector = page.querySelector("#atlas-layers select");
+  selector.value = "{picture}";
+  selector.dispatchEvent(new Event("change", {{ bubbles: true }}));
+  await pause();
+  found.selected = shown();
+  document.body.dataset.found = JSON.stringify(found);
+}}
+frame.addEventListener("load", probe);
+</script>
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+def test_a_click_on_a_pair_of_layers_shows_its_experts(found, tmp_path):
+    found.save(tmp_path / "results")
+    page = moescope.report(tmp_path)
+    probe = tmp_path / "probe.html"
+    words = {"shown": "score, R\u00b2 or overlap", "picture": "overlap of outputs"}
+    probe.write_text(
+        CLICK.format(page=page.as_uri(), clicked="2 \u2192 0", **words), encoding="utf-8"
+    )
+    document, console = opened(probe, tmp_path / "profile", "--allow-file-access-from-files")
+    assert console == []
+    body = next(a for tag, a in Page(document).elements if tag == "body")
+    seen = json.loads(body["data-found"])
+    assert len(seen["layers"]) == LAYERS * (LAYERS - 1)
+    assert {row[0] for row in seen["first"]} <= {"1 \u2192 3", "3 \u2192 1"}
+    table = found.table[(found.table.source_layer == 2) & (found.table.target_layer == 0)]
+    for turn, column in (("clicked", "score"), ("selected", "overlap")):
+        numbers = table.set_index(["source_expert", "target_expert"])[column]
+        assert len(seen[turn]) == len(numbers) == EXPERTS**2
+        for layers, source, target, text in seen[turn]:
+            assert layers == "2 \u2192 0"
+            expected = numbers.loc[source, target]
+            if math.isnan(expected):
+                assert not re.search(r"\d", text or "")
+            else:
+                assert float(text.replace("\u2212", "-")) == pytest.approx(expected, rel=0.01)

@@ -1,6 +1,9 @@
 """Adapters between experts of any layers, substitutes, and losses of chosen documents."""
 
+import dataclasses
 import math
+import shutil
+import weakref
 
 import numpy as np
 import pytest
@@ -14,9 +17,11 @@ from moescope import interventions as change
 from moescope.alignment.controls import same_output_space
 from moescope.alignment.options import FitOptions, SolverOptions
 from moescope.analyses import fits as fits_module
+from moescope.analyses.align.tokens import Tokens
+from moescope.analyses.fit_records import FitFolder
 from moescope.analyses.fits import Fits, Source, Target
 from moescope.analyses.material import Material
-from moescope.errors import CorpusError, OptionError
+from moescope.errors import AlignmentError, CorpusError, MoEScopeError, OptionError
 from moescope.models.observe import observe
 
 QUICK = FitOptions(
@@ -124,6 +129,100 @@ def test_a_pair_is_fitted_once_and_its_numbers_do_not_depend_on_its_company(
     alone = other.between(SOURCE, [REAL])[REAL]
     assert asked[1:] == [["L1E3"]]
     assert alone.row["fvu"] != fitted[REAL].row["fvu"]
+
+
+CONTROLS = dataclasses.replace(QUICK, controls=True)
+THREE = [REAL, Target(1, 0), NEAR]
+
+
+@pytest.fixture(scope="module")
+def controlled(material):
+    return Fits.of(material, CONTROLS).between(SOURCE, THREE)
+
+
+def test_random_experts_are_kept_one_by_one(controlled):
+    for found in controlled.values():
+        down, everything = found.random["same output space"], found.random["all random"]
+        assert np.mean(down) == pytest.approx(found.row["fvu_random_down"], rel=1e-6)
+        assert np.mean(everything) == pytest.approx(found.row["fvu_random_all"], rel=1e-6)
+        spread = np.std([*down, *everything], ddof=1)
+        assert spread == pytest.approx(found.row["fvu_random_sd"], rel=1e-6)
+    assert controlled[REAL].random["all random"] == controlled[NEAR].random["all random"]
+
+
+def test_killed_between_two_records_it_ends_with_the_same_numbers(
+    tmp_path, material, controlled, monkeypatch
+):
+    """Random experts are drawn from all targets of a call: those that are left are too few."""
+    shutil.copytree(material.run.path / "capture", tmp_path / "capture")
+    again = Material(tmp_path, material.model)
+    real_write, written = FitFolder.write, []
+
+    def killed(self, *arguments):
+        if written:
+            raise KeyboardInterrupt
+        written.append(arguments)
+        real_write(self, *arguments)
+
+    first = Fits.of(again, CONTROLS)
+    with monkeypatch.context() as patch:
+        patch.setattr(FitFolder, "write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            first.between(SOURCE, THREE)
+    assert len(written) == 1
+    found = Fits.of(again, CONTROLS).between(SOURCE, THREE)
+    for target, fit in found.items():
+        assert fit.row == pytest.approx(controlled[target].row, nan_ok=True)
+        assert fit.random == controlled[target].random
+    fits = Fits.of(again, CONTROLS)
+    assert fits.missing(SOURCE, THREE) == []
+    assert fits.missing(SOURCE, THREE[:2]) == THREE[:2]  # of other random experts
+
+
+def test_a_lost_adapter_is_fitted_again(tmp_path, material, fitted):
+    shutil.copytree(material.run.path, tmp_path / "run")
+    fits = Fits.of(Material(tmp_path / "run", material.model), QUICK, held_out_share=0.3)
+    assert fits.missing(SOURCE, [REAL, NEAR]) == []
+    for lost in (tmp_path / "run").rglob(f"{SOURCE}-to-{REAL}.safetensors"):
+        lost.unlink()
+    assert fits.missing(SOURCE, [REAL, NEAR]) == [REAL]
+    assert fits.between(SOURCE, [REAL])[REAL].row == pytest.approx(fitted[REAL].row, nan_ok=True)
+    for record in (tmp_path / "run").rglob(f"{SOURCE}-to-{REAL}.json"):
+        record.write_text("{")
+    with pytest.raises(AlignmentError, match="cannot read the fit"):
+        fits.between(SOURCE, [REAL])
+
+
+def test_inputs_of_a_layer_are_read_once_and_do_not_stay_in_memory(tmp_path, material, monkeypatch):
+    shutil.copytree(material.run.path / "capture", tmp_path / "capture")
+    layers, tensors, real_inputs = [], [], Tokens.target_inputs
+
+    def noting(self, layer, experts):
+        found = real_inputs(self, layer, experts)
+        layers.append(layer)
+        tensors.extend(map(weakref.ref, found.values()))
+        return found
+
+    monkeypatch.setattr(Tokens, "target_inputs", noting)
+    fits = Fits.of(Material(tmp_path, material.model), QUICK, held_out_share=0.3)
+    seen = fits.tokens.target_inputs(1, range(8))
+    for target in (Target(0, 2), Target(1, 3), Target(0, 5), Target(1, 4)):
+        inputs = fits.inputs(target)
+        if target.layer == 1:
+            assert torch.equal(inputs, seen[target.expert])
+        assert torch.equal(fits.inputs(target, 7), inputs[:7])
+    del seen, inputs
+    assert layers == [1, 0, 1]  # the first of them is the test's own
+    assert not any(tensor() is not None for tensor in tensors)
+    again = Fits.of(Material(tmp_path, material.model), QUICK, held_out_share=0.3)
+    assert len(again.inputs(Target(1, 3))) > 0
+    assert layers == [1, 0, 1]
+    (kept,) = tmp_path.rglob("inputs-L1.safetensors")
+    kept.write_bytes(b"no")
+    with pytest.raises(MoEScopeError, match="cannot read .*inputs-L1"):
+        again.inputs(Target(1, 3))
+    with pytest.raises(OptionError, match="no such expert"):
+        again.inputs(Target(1, 8))
 
 
 def test_an_expert_without_tokens_has_no_adapter(tmp_path, model):

@@ -23,6 +23,7 @@ from moescope.demo import demo
 from moescope.errors import MoEScopeError, OptionError
 from moescope.models.inspection import inspect
 from moescope.models.load import load
+from moescope.models.outline import outline
 from moescope.reports.write import report
 from moescope.reproduction import reproduce
 from moescope.runs import Result, to_json
@@ -290,7 +291,7 @@ def _command_of(entry: Analysis[Any]) -> Callable[..., None]:
         run: Positional[Path], options: Any, dry_run: bool = False, as_json: Json = False
     ) -> None:
         if dry_run and entry.plan is not None:
-            model = Material(run).model if Capture.exists(run) else load(str(run))
+            model = Material(run).model if Capture.exists(run) else outline(str(run))
             found = entry.plan(model, options)
             print(to_json(found.as_dict()) if as_json else found)
         else:

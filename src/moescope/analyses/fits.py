@@ -1,80 +1,46 @@
 """Adapters between experts of any layers of a run: fitted once, kept in its folder.
 
-    RUN/results/fits/KEY/L1E0-to-L4E3.safetensors       the adapter
-    RUN/results/fits/KEY/L1E0-to-L4E3.json              written last: the pair is done
+    RUN/results/fits/KEY/L1E0-to-L4E3.*              a fit: see `moescope.analyses.fit_records`
+    RUN/results/fits/KEY/TARGETS/L1E0-to-L4E3.*      a fit with controls, drawn from these targets
+    RUN/results/fits/KEY/inputs-L4.safetensors       what the experts of a layer see there
 
 KEY names everything that a fit depends on, but for the experts.
 """
 
+import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from moescope.alignment.candidates import Workshop
 from moescope.alignment.controls import linear_map, same_output_space
 from moescope.alignment.held_out import HeldOut
 from moescope.alignment.options import FitOptions
+from moescope.alignment.outcomes import Label, Outcome
 from moescope.alignment.pairs import fit_pairs
 from moescope.alignment.randomness import generator
 from moescope.alignment.samples import Samples
 from moescope.analyses.align.tokens import Tokens, held_out_documents
+from moescope.analyses.expert_tensors import ExpertTensors
+from moescope.analyses.fit_records import FitFolder, Fitted, Source, Target
 from moescope.analyses.material import Material
 from moescope.captures.read import Recorded
 from moescope.experts.adapter import Adapter
 from moescope.experts.weights import ExpertWeights
 from moescope.interventions import Expert, substitute
-from moescope.runs import read_json, write_json
 
 FITS_VERSION = 1
 """Raised with every change of mathematics, so that no adapter fitted before it is reused."""
-
-
-class Source(NamedTuple):
-    """An expert that is to be replaced."""
-
-    layer: int
-    """The model's own layer number."""
-    expert: int
-    """Its number within the layer."""
-
-    def __str__(self) -> str:
-        return f"L{self.layer}E{self.expert}"
-
-
-class Target(NamedTuple):
-    """An expert that is to stand in for it, or a random one in the place of that."""
-
-    layer: int
-    """The model's own layer number; it may be the layer of the source."""
-    expert: int
-    """Its number within the layer."""
-    random: int | None = None
-    """Which random expert with its down projection; None for itself."""
-
-    def __str__(self) -> str:
-        name = f"L{self.layer}E{self.expert}"
-        return name if self.random is None else f"{name}-random{self.random}"
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Fitted:
-    """A source and the target that is to stand in for it, behind its adapter."""
-
-    source: Source
-    target: Target
-    adapter: Adapter | None
-    """None where there are too few tokens or constant outputs."""
-    inner_fvu: float
-    """FVU on tokens set aside within the training documents: to choose by. NaN without adapter."""
-    row: dict[str, Any]
-    """The columns of `AlignmentResult`, errors on the held-out documents among them."""
+CONTROLS_VERSION = 1
+"""Raised with every change of what is kept of controls; fits without them go on."""
+__all__ = ["FITS_VERSION", "Fits", "Fitted", "Source", "Target"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -114,9 +80,16 @@ class Fits:
             CaptureError: The capture lacks inputs, or one of the layers.
             OptionError: There is no such expert.
         """
-        if missing := [target for target in targets if not self._record(source, target).exists()]:
+        if missing := self.missing(source, targets):
             self._fit(source, missing)
-        return {target: self._read(source, target) for target in targets}
+        kept = self._kept(targets)
+        return {target: kept.read(source, target) for target in targets}
+
+    def missing(self, source: Source, targets: Sequence[Target]) -> list[Target]:
+        """Those that `between` has to fit: with controls all or none, as `_kept` says."""
+        kept = self._kept(targets)
+        missing = [target for target in targets if not kept.holds(source, target)]
+        return list(targets) if missing and self.options.controls else missing
 
     def samples(self, source: Source) -> tuple[Samples, Samples]:
         """What the source does, in fp32: on the training documents, and on the held-out ones."""
@@ -151,44 +124,66 @@ class Fits:
             target = self._weights(fitted.target)
         return substitute(self._expert(fitted.source), target, fitted.adapter)
 
+    def inputs(self, target: Target, rows: int | None = None) -> Float[Tensor, "rows hidden"]:
+        """Random inputs that a target has in its own layer, of training documents, in fp32."""
+        self.material.model.layer(target.layer).check_experts([target.expert])
+        return self._inputs.of(target.layer, target.expert, rows)
+
+    def weights(self, of: Source | Target) -> ExpertWeights:
+        """Those of an expert, or of a random one in its place, in fp32 on the CPU."""
+        target = Target(*of)
+        return self._weights(target).to(dtype=torch.float32, device="cpu")
+
     def _fit(self, source: Source, targets: Sequence[Target]) -> None:
         train, held_out = self.samples(source)
-        inputs = {str(t): self._inputs(t) for t in targets}
+        names = {str(target): target for target in targets}
+        inputs = {name: self.inputs(target) for name, target in names.items()}
+        inputs = {name: x for name, x in inputs.items() if len(x)}
+        weights = {name: self._weights(target) for name, target in names.items()}
+        own = self._weights(Target(*source))
+        outcomes: dict[Label, Outcome] = {}
         found = fit_pairs(
             train,
             held_out,
-            {str(target): self._weights(target) for target in targets},
-            source=self.material.model.layer(source.layer).expert_weights(source.expert),
+            weights,
+            source=own,
             source_name=str(source),
-            target_inputs={name: x for name, x in inputs.items() if len(x)},
+            target_inputs=inputs,
             options=self.options,
+            outcomes=outcomes,
         )
-        for target in targets:
-            fit, inner_fvu = found[str(target)], math.nan
-            if fit.adapter is not None:
-                fit.adapter.save(self._adapter(source, target))
-                inner_fvu = self._inner_fvu(source, target, fit.adapter)
-            record = {"inner_fvu": inner_fvu, "row": fit.row()}
-            write_json(self._record(source, target), record)
+        held = HeldOut(held_out, train.outputs.mean(0))
+        workshop = Workshop.of(train, weights, inputs, own, str(source), self.options)
+        kept, inner_fvu = self._kept(targets), self._inner_error(source)
+        for name, target in names.items():
+            fit, random = found[name], {}
+            if outcomes and self.options.controls:
+                labels = workshop.controls(name)
+                for kind in (labels.same_output_space, labels.all_random):
+                    errors = [held.share(outcomes[label].errors) for label in kind]
+                    random[str(kind[0][0])] = errors
+            fitted = Fitted(
+                source=source,
+                target=target,
+                adapter=fit.adapter,
+                inner_fvu=inner_fvu(target, fit.adapter),
+                row=fit.row(),
+                random=random,
+            )
+            kept.write(fitted)
 
-    @torch.no_grad()
-    def _inner_fvu(self, source: Source, target: Target, adapter: Adapter) -> float:
+    def _inner_error(self, source: Source) -> Callable[[Target, Adapter | None], float]:
         """Of what is kept: a fit whose curve came lower may have lost to the constant adapter."""
         trained, inner = self.inner(source)
-        expert = self._weights(target).to(dtype=torch.float32, device="cpu")
-        return HeldOut(inner, trained.outputs.mean(0)).fvu(expert(adapter(inner.inputs)))
+        held = HeldOut(inner, trained.outputs.mean(0))
 
-    def _read(self, source: Source, target: Target) -> Fitted:
-        record = read_json(self._record(source, target))
-        path = self._adapter(source, target)
-        row = {name: _number(value) for name, value in record["row"].items()}
-        return Fitted(
-            source=source,
-            target=target,
-            adapter=Adapter.load(path) if path.exists() else None,
-            inner_fvu=_number(record["inner_fvu"]),
-            row=row,
-        )
+        @torch.no_grad()
+        def inner_fvu(target: Target, adapter: Adapter | None) -> float:
+            if adapter is None:
+                return math.nan
+            return held.fvu(self.weights(target)(adapter(inner.inputs)))
+
+        return inner_fvu
 
     def _expert(self, of: Source | Target) -> Expert:
         return self.material.model.layer(of.layer), of.expert
@@ -200,19 +195,21 @@ class Fits:
         itself = str(target._replace(random=None))
         return same_output_space(weights, self.options.seed, itself)[target.random]
 
-    def _inputs(self, target: Target) -> Float[Tensor, "tokens hidden"]:
-        if target.layer not in self._inputs_by_layer:
-            experts = range(self.material.model.layer(target.layer).num_experts)
-            self._inputs_by_layer[target.layer] = self.tokens.target_inputs(target.layer, experts)
-        return self._inputs_by_layer[target.layer][target.expert]
-
-    @cached_property
-    def _inputs_by_layer(self) -> dict[int, Mapping[int, Tensor]]:
-        return {}
-
     @cached_property
     def _recorded(self) -> dict[int, Mapping[int, Recorded]]:
         return {}
+
+    def _kept(self, targets: Sequence[Target]) -> FitFolder:
+        """The fits of these targets.
+
+        Random experts are drawn from all targets of a call, so that with controls the numbers of a
+        pair depend on its company: those of every company lie apart.
+        """
+        if not self.options.controls:
+            return FitFolder(folder=self._folder)
+        company = " ".join(sorted(map(str, targets)))
+        digest = hashlib.sha256(company.encode()).hexdigest()[:12]
+        return FitFolder(folder=self._folder / digest)
 
     @cached_property
     def _folder(self) -> Path:
@@ -224,15 +221,14 @@ class Fits:
             "tokens_seed": self.tokens.seed,
             "options": asdict(self.options),
         }
+        if self.options.controls:
+            key["controls"] = CONTROLS_VERSION
         return self.material.run.parts_folder("fits", key)
 
-    def _record(self, source: Source, target: Target) -> Path:
-        return self._folder / f"{source}-to-{target}.json"
+    @cached_property
+    def _inputs(self) -> ExpertTensors:
+        def of_layer(number: int) -> Mapping[int, Tensor]:
+            experts = range(self.material.model.layer(number).num_experts)
+            return self.tokens.target_inputs(number, experts)
 
-    def _adapter(self, source: Source, target: Target) -> Path:
-        return self._folder / f"{source}-to-{target}.safetensors"
-
-
-def _number(value: Any) -> Any:
-    """JSON has no NaN."""
-    return math.nan if value is None else value
+        return ExpertTensors(folder=self._folder, name="inputs", compute=of_layer)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -24,8 +24,9 @@ from transformers.modeling_utils import LoadStateDictConfig
 from moescope.errors import ModelError
 from moescope.models.checkpoint import CONFIG, Checkpoint, first_line, locate, weights
 from moescope.models.discover import dense_layers, moe_layers
-from moescope.models.load import auto_class, bars_on_terminals_only
+from moescope.models.load import bars_on_terminals_only
 from moescope.models.offload import resident
+from moescope.models.outline import skeleton
 from moescope.models.ported import deepseek
 from moescope.models.stacking import without_copies
 from moescope.models.view import MoELayer, MoEModel
@@ -100,21 +101,12 @@ def on_disk(
 
 def _without_weights(checkpoint: Checkpoint, shards: list[Path]) -> PreTrainedModel:
     """The model as its configuration says, on the device "meta"."""
-    try:
-        config: Any = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
-        if getattr(config, "quantization_config", None) is not None:
-            raise ModelError(
-                f"the weights of {checkpoint.name} are quantised: they are no plain numbers",
-                remedy="Dequantise it, or take the checkpoint that it was made from",
-            )
-        dtype = config.dtype or _first_dtype(shards)
-        with torch.device("meta"):
-            model: PreTrainedModel = auto_class(checkpoint, False).from_config(config, dtype=dtype)
-    except ModelError:
-        raise
-    except Exception as error:
-        raise ModelError(f"cannot read {checkpoint.name}", got=first_line(error)) from error
-    model.train(mode=False)
+    model = skeleton(checkpoint, _first_dtype(shards))
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ModelError(
+            f"the weights of {checkpoint.name} are quantised: they are no plain numbers",
+            remedy="Dequantise it, or take the checkpoint that it was made from",
+        )
     return model
 
 

@@ -2,6 +2,7 @@
 
 import pandas as pd
 
+from moescope.analyses.atlas.chance import COLUMNS as RANDOM_COLUMNS
 from moescope.analyses.atlas.cost import counts, shapes_of
 from moescope.analyses.atlas.findings import findings
 from moescope.analyses.atlas.options import AtlasOptions, sampled_experts
@@ -15,6 +16,8 @@ from moescope.analyses.registry import analysis
 from moescope.models.view import MoEModel
 from moescope.progress import track
 from moescope.runs import Result
+
+_COST_COLUMNS = ["fits_of", "fits", "operations", "seconds"]
 
 
 def operations(model: MoEModel, options: AtlasOptions) -> float:
@@ -44,18 +47,16 @@ def atlas(material: Material, options: AtlasOptions) -> Result:
     )
     work = Sources(fits=fits, experts=experts, options=options)
     sources = [Source(layer, expert) for layer, chosen in experts.items() for expert in chosen]
-    frames, costs = [], []
-    for source in track(sources, "imitating experts", total=len(sources)):
-        frame, cost = work.pairs(source)
-        frames.append(frame)
-        costs += cost
-    pairs = with_p_values(pd.concat(frames, ignore_index=True))
-    columns = ["fits_of", "fits", "operations", "seconds"]
+    found = [work.pairs(s) for s in track(sources, "imitating experts", total=len(sources))]
+    random = pd.DataFrame([row for one in found for row in one.random], columns=RANDOM_COLUMNS)
+    pairs = with_p_values(pd.concat([one.table for one in found], ignore_index=True), random)
+    costs = pd.DataFrame([row for one in found for row in one.costs], columns=_COST_COLUMNS)
     tables = {
         "atlas": pairs,
         "layers": by_layers(pairs),
+        "random": random,
         "recall": recall(pairs),
-        "cost": pd.DataFrame(costs, columns=columns).groupby("fits_of").sum().reset_index(),
+        "cost": costs.groupby("fits_of").sum().reset_index(),
     }
     return Result(
         name="atlas",

@@ -1,6 +1,6 @@
 """How much work an atlas is: floating-point operations from shapes, tokens and steps."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -89,25 +89,33 @@ def _of_source(number: int, shapes: Sequence[Shape], options: AtlasOptions) -> d
     others = [shape for i, shape in enumerate(shapes) if i != number]
     found = {"pairs": 0.0, "short_fits": 0.0, "converged_pairs": 0.0}
     found |= {"short_operations": 0.0, "converged_operations": 0.0}
-    for shape in others:
-        targets = _drawn(shape, options)
-        short = shortlisted(targets, options)
-        kept = min(options.survivors or targets, targets)
-        # The drawn ones are spread over all layers alike.
-        fitted = kept + min(options.rejected / len(others), targets - kept)
-        found["pairs"] += targets
+    kept = [min(options.survivors or shape.experts, _drawn(shape, options)) for shape in others]
+    left = [_drawn(shape, options) - k for shape, k in zip(others, kept, strict=True)]
+    # Drawn without weights from all that are left.
+    share = min(1.0, options.rejected / max(1, sum(left)))
+    for shape, k, rejected in zip(others, kept, left, strict=True):
+        short = shortlisted(_drawn(shape, options), options)
+        fitted = k + share * rejected
+        found["pairs"] += k + rejected
         found["short_fits"] += short
         found["converged_pairs"] += fitted
         found["short_operations"] += short * short_operations(shape, options, train)
         found["converged_operations"] += fitted * pair_operations(shape, options, train)
-    found["converged_operations"] += source_operations(shapes[number], options, train)
-    found["converged_fits"] = fits_of(round(found["converged_pairs"]), options)
+    found["converged_operations"] += source_operations(shapes[number], others, options, train)
+    found["converged_fits"] = fits_of(round(found["converged_pairs"]), kinds_of(others), options)
     return found
 
 
-def fits_of(pairs: int, options: AtlasOptions) -> int:
+def kinds_of(targets: Iterable[Shape]) -> set[tuple[int, int]]:
+    """Widths of experts: those of one share their all-random controls."""
+    return {(shape.hidden, shape.wide) for shape in targets}
+
+
+def fits_of(pairs: int, kinds: Collection[tuple[int, int]], options: AtlasOptions) -> int:
     """Converged fits of one imitated expert and so many targets: controls and ceiling too."""
-    return pairs * (1 + RANDOM_SEEDS) + RANDOM_SEEDS + 1 if options.controls else pairs
+    if not options.controls:
+        return pairs
+    return pairs * (1 + RANDOM_SEEDS) + len(kinds) * RANDOM_SEEDS + 1
 
 
 def short_operations(target: Shape, options: AtlasOptions, train: int) -> float:
@@ -124,12 +132,16 @@ def pair_operations(target: Shape, options: AtlasOptions, train: int) -> float:
     return fits * fit_operations(target, options.converged_fit(), train) + published + looks
 
 
-def source_operations(source: Shape, options: AtlasOptions, train: int) -> float:
-    """What all converged fits of an imitated expert share."""
-    once = _OF_A_SOURCE * source.hidden**3
-    if not options.controls:
-        return float(once)
-    return once + (RANDOM_SEEDS + 1) * fit_operations(source, options.converged_fit(), train)
+def source_operations(
+    source: Shape, targets: Iterable[Shape], options: AtlasOptions, train: int
+) -> float:
+    """What all converged fits of an imitated expert share: all-random controls, and its ceiling."""
+    total = float(_OF_A_SOURCE * source.hidden**3)
+    if options.controls:
+        random = RANDOM_SEEDS * [Shape(1, *kind) for kind in sorted(kinds_of(targets))]
+        for shape in [source, *random]:
+            total += fit_operations(shape, options.converged_fit(), train)
+    return total
 
 
 def fit_operations(shape: Shape, options: FitOptions, train: int) -> float:

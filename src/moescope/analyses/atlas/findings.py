@@ -6,11 +6,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from moescope.alignment.score import NARROW
 from moescope.analyses.atlas.tables import LEVEL
 from moescope.runs import Finding
 
-CHANCE = 0.025
-"""Chance of a 95% interval to lie above zero where there is nothing."""
 _MOST_NAMED = 4
 _UNITS = ((86_400, "days"), (3_600, "hours"), (60, "minutes"), (1, "seconds"))
 
@@ -24,7 +23,8 @@ def findings(tables: Mapping[str, pd.DataFrame]) -> list[Finding]:
     scored = measured[measured["score"].notna()]
     return [
         *([_claims(pairs, scored), *_where(tables["layers"])] if len(scored) else []),
-        _errors(measured),
+        *_unscored(measured),
+        _errors(pairs, measured),
         *_screening(tables["recall"]),
         *_refused(pairs),
         *_cost(tables["cost"], len(pairs), len(measured)),
@@ -40,7 +40,7 @@ def _looked_at(pairs: pd.DataFrame) -> str:
 def _claims(pairs: pd.DataFrame, scored: pd.DataFrame) -> Finding:
     tested = scored[scored["score_low"].notna()]
     claimed = tested[tested["claimed"]]
-    above = int((tested["score_low"] > 0).sum())
+    below = int((tested["p_value"] < LEVEL).sum())
     best = scored.iloc[int(scored["score"].argmax())]
     if tested.empty:
         text = (
@@ -51,9 +51,9 @@ def _claims(pairs: pd.DataFrame, scored: pd.DataFrame) -> Finding:
         text = (
             f"Of {_looked_at(pairs)}, {len(tested)} got a score with an interval. "
             f"{len(claimed) or 'None'} of them beat{'s' * (len(claimed) <= 1)} the controls after "
-            f"Holm's correction for all {len(pairs):,} pairs (p < {LEVEL}). Without it {above} "
-            "intervals lie above zero, of which chance would give at most "
-            f"{CHANCE * len(tested):.1f} were the {len(tested)} pairs not chosen."
+            f"Holm's correction for all {len(pairs):,} pairs (p < {LEVEL}). Without it {below} "
+            f"would, of which chance would give at most {LEVEL * len(tested):.1f} were the "
+            f"{len(tested)} pairs not chosen."
         )
     interval = (
         f"95% interval {best.score_low:.2f} to {best.score_high:.2f}, not corrected; "
@@ -69,7 +69,7 @@ def _claims(pairs: pd.DataFrame, scored: pd.DataFrame) -> Finding:
         "pairs": len(pairs),
         "tested": len(tested),
         "claimed": len(claimed),
-        "above_zero": above,
+        "without_correction": below,
         "best_score": float(best.score),
     }
     return Finding(text=text, numbers=numbers)
@@ -91,13 +91,29 @@ def _where(layers: pd.DataFrame) -> list[Finding]:
     return [Finding(text=text, numbers={"layer_pairs_claimed": len(found)})]
 
 
-def _errors(measured: pd.DataFrame) -> Finding:
+def _unscored(measured: pd.DataFrame) -> list[Finding]:
+    """Pairs whose controls leave no room for a score."""
+    number = int((measured["status"] == "undefined").sum())
+    if not number:
+        return []
+    text = (
+        f"{number} of {len(measured)} fitted pairs have no score: the best control, such as a "
+        f"linear map, comes within {NARROW} of what the source itself reaches behind a hidden "
+        "rotation."
+    )
+    return [Finding(text=text, numbers={"undefined": number})]
+
+
+def _errors(pairs: pd.DataFrame, measured: pd.DataFrame) -> Finding:
     """Of the pairs that screening kept, beside their controls."""
     kept = measured[measured["stage"] == "converged"]
     medians = kept[["fvu", "fvu_linear", "fvu_random", "fvu_self"]].median()
     linear = int((kept["fvu_linear"] <= kept["fvu"]).sum())
+    which = f"the {len(kept)} pairs that screening kept"
+    if (pairs["stage"] == "converged").all():
+        which = f"all {len(kept)} pairs"
     text = (
-        f"Held-out FVU of the {len(kept)} pairs that screening kept, median {medians.fvu:.2f}: a "
+        f"Held-out FVU of {which}, median {medians.fvu:.2f}: a "
         f"linear map without any expert leaves {medians.fvu_linear:.2f}, and is as good or better "
         f"in {linear} of them"
     )

@@ -11,6 +11,7 @@ from moescope.alignment.candidates import Workshop
 from moescope.alignment.randomness import generator
 from moescope.alignment.samples import Samples
 from moescope.alignment.trainer import converged_work, train_groups
+from moescope.analyses.align.cost import FULL_MATRIX
 from moescope.analyses.atlas.cost import Counts, Shape, counts, fit_operations, shapes_of
 from moescope.analyses.atlas.findings import duration
 from moescope.analyses.atlas.options import AtlasOptions
@@ -23,6 +24,8 @@ _TIMED_FITS = 16
 _LARGE = 512
 """Hidden size from which a batch is one fit."""
 _TIMED_STEPS = 20
+_TIMED_STEPS_OF_MATRICES = 5
+"""The same of large full matrices, whose steps take long enough to time few."""
 _REPEATS = 2
 
 
@@ -135,10 +138,12 @@ def timed_rate(shape: Shape, options: AtlasOptions) -> float:
     source = _expert(shape, fits)
     train = Samples(inputs, source(inputs))
     fit = options.converged_fit()
-    fit = replace(fit, controls=False, solver=replace(fit.solver, steps=_TIMED_STEPS))
+    matrices = fits == 1 and options.form in FULL_MATRIX
+    steps = _TIMED_STEPS_OF_MATRICES if matrices else _TIMED_STEPS
+    fit = replace(fit, controls=False, solver=replace(fit.solver, steps=steps))
     shop = Workshop.of(train, experts, {}, source, "source", fit)
     seconds = []
-    for _ in range(_REPEATS):
+    for _ in range(_REPEATS if fits > 1 else 1):
         start = time.process_time()
         work = converged_work(shop.task(fit), only_fit)
         train_groups(shop.groups(), work, {}, chunk_bytes=fit.solver.chunk_bytes)

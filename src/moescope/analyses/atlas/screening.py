@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -20,43 +19,12 @@ from moescope.alignment.randomness import generator
 from moescope.alignment.samples import Samples
 from moescope.alignment.solver import Fit
 from moescope.alignment.trainer import converged_work, train_groups
-from moescope.analyses.align.tokens import Tokens
 from moescope.analyses.atlas.options import AtlasOptions, shortlisted
-from moescope.analyses.fits import Source, Target
-from moescope.experts.weights import ExpertWeights
-from moescope.models.view import MoEModel
+from moescope.analyses.expert_tensors import ExpertTensors
+from moescope.analyses.fits import Fits, Source, Target
 
 ROWS = 256
 """Tokens of each expert that outputs are compared on."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Seen:
-    """What screening knows of a target."""
-
-    inputs: Float[Tensor, "rows hidden"]
-    """Some inputs in its own layer, of training documents."""
-    outputs: Float[Tensor, "rows hidden"]
-    """What it makes of them."""
-
-
-def targets_seen(
-    model: MoEModel, tokens: Tokens, experts: Mapping[int, Sequence[int]]
-) -> dict[Target, Seen]:
-    """All that may imitate, layer by layer.
-
-    Args:
-        model: The model.
-        tokens: Which tokens train.
-        experts: Experts of each layer that take part.
-    """
-    found = {}
-    for layer, chosen in experts.items():
-        for expert, inputs in tokens.target_inputs(layer, chosen).items():
-            some = inputs[:ROWS].clone()
-            weights = _single(model.layer(layer).expert_weights(expert))
-            found[Target(layer, expert)] = Seen(inputs=some, outputs=weights(some))
-    return found
 
 
 def overlap(one: Float[Tensor, "tokens hidden"], other: Float[Tensor, "others hidden"]) -> float:
@@ -75,16 +43,19 @@ def overlap(one: Float[Tensor, "tokens hidden"], other: Float[Tensor, "others hi
 class Screening:
     """Everything but the imitated expert."""
 
-    model: MoEModel
-    """The model."""
-    targets: Mapping[Target, Seen]
-    """Who may imitate."""
+    fits: Fits
+    """Inputs and weights of the targets."""
+    experts: Mapping[int, Sequence[int]]
+    """Experts of each layer that may imitate."""
+    outputs: ExpertTensors
+    """What each of them makes of `ROWS` inputs in its own layer."""
     options: AtlasOptions
     """How to screen."""
 
     def candidates(self, source: Source) -> list[Target]:
         """The targets of other layers."""
-        return [target for target in self.targets if target.layer != source.layer]
+        others = {layer: found for layer, found in self.experts.items() if layer != source.layer}
+        return [Target(layer, expert) for layer, found in others.items() for expert in found]
 
     def screen(self, source: Source, train: Samples, held_out: Samples) -> pd.DataFrame:
         """A row per target: overlap, error of its short fit, place within its layer.
@@ -98,7 +69,8 @@ class Screening:
         candidates = self.candidates(source)
         if refusal(train, held_out) is not None or refusal(few, held_out) is not None:
             return _table(source, candidates, {}, {})
-        overlaps = {t: overlap(few.outputs[:ROWS], self.targets[t].outputs) for t in candidates}
+        own, outputs = few.outputs[:ROWS], self.outputs
+        overlaps = {t: overlap(own, outputs.of(t.layer, t.expert)) for t in candidates}
         chosen = self._shortlist(overlaps)
         return _table(source, candidates, overlaps, self._short_fits(source, few, chosen))
 
@@ -117,11 +89,12 @@ class Screening:
     ) -> dict[Target, float]:
         """Least FVU of each short fit on the inner tokens."""
         options = self.options.short_fit()
+        inputs = {str(target): self.fits.inputs(target, ROWS) for target in chosen}
         workshop = Workshop.of(
             few,
-            {str(target): self._weights(target) for target in chosen},
-            {str(t): self.targets[t].inputs for t in chosen if len(self.targets[t].inputs)},
-            self._weights(source),
+            {str(target): self.fits.weights(target) for target in chosen},
+            {name: x for name, x in inputs.items() if len(x)},
+            self.fits.weights(source),
             str(source),
             options,
         )
@@ -134,13 +107,6 @@ class Screening:
             assert fit is not None
             found[target] = min(point.fvu for point in fit.curve)
         return found
-
-    def _weights(self, expert: Source | Target) -> ExpertWeights:
-        return _single(self.model.layer(expert.layer).expert_weights(expert.expert))
-
-
-def _single(weights: ExpertWeights) -> ExpertWeights:
-    return weights.to(dtype=torch.float32, device="cpu")
 
 
 def only_fit(label: Label, candidate: Candidate, fit: Fit) -> Outcome:

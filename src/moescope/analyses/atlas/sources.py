@@ -1,38 +1,55 @@
 """One imitated expert after the other: screened, fitted, and kept so that a run can go on.
 
-    RUN/results/atlas/KEY/L1E0.parquet      screening of an imitated expert
+    RUN/results/atlas/KEY/L1E0.parquet              screening of an imitated expert
+    RUN/results/atlas/KEY/outputs-L4.safetensors    what the experts of a layer put out
 
 KEY names everything that screening depends on, but for the imitated expert. Converged fits are kept
 one by one, where the other analyses find them too: see `moescope.analyses.fits`.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
+from torch import Tensor
 
+from moescope.alignment.checks import refusal
+from moescope.analyses.atlas.chance import PAIR, random_rows
 from moescope.analyses.atlas.cost import (
     Shape,
     fits_of,
+    kinds_of,
     pair_operations,
     short_operations,
     source_operations,
 )
 from moescope.analyses.atlas.options import AtlasOptions
-from moescope.analyses.atlas.screening import Screening, targets_seen
+from moescope.analyses.atlas.screening import ROWS, Screening
 from moescope.analyses.atlas.selection import with_stages
-from moescope.analyses.atlas.tables import PAIR, joined
+from moescope.analyses.atlas.tables import joined
+from moescope.analyses.expert_tensors import ExpertTensors
 from moescope.analyses.fits import Fits, Source, Target
 from moescope.models.view import MoELayer
-from moescope.runs import write_atomically
+from moescope.runs import read_table, write_atomically
 
 SCREENING_VERSION = 1
 """Raised with every change of mathematics, so that nothing screened before it is reused."""
 _NOT_OF_SCREENING = ("survivors", "rejected", "form", "rank", "steps", "controls")
+
+
+class Pairs(NamedTuple):
+    """All pairs of an imitated expert."""
+
+    table: pd.DataFrame
+    """A row per target, with the columns of `AlignmentResult` where there is a converged fit."""
+    random: list[dict[str, Any]]
+    """A row per random expert beside a converged fit."""
+    costs: list[dict[str, Any]]
+    """A row per kind of fit with number, operations and seconds of what was computed."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,35 +63,29 @@ class Sources:
     options: AtlasOptions
     """How to screen, and what to fit."""
 
-    def pairs(self, source: Source) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
-        """All pairs of an imitated expert, and what it cost to compute what was missing.
-
-        Returns:
-            A row per target, with the columns of `AlignmentResult` where there is a converged fit;
-            and a row per kind of fit with number, operations and seconds.
-        """
+    def pairs(self, source: Source) -> "Pairs":
+        """All pairs of an imitated expert; fits what is missing."""
         screened, costs = self._screened(source)
         staged = with_stages(screened, self.options)
         fitted = staged[(staged["stage"] == "converged") | staged["sampled"]]
         numbers = fitted[["target_layer", "target_expert"]].to_numpy().tolist()
         targets = [Target(*pair) for pair in numbers]
-        before, began = self._kept(source), time.perf_counter()
+        missing, began = self.fits.missing(source, targets), time.perf_counter()
         found = self.fits.between(source, targets)
         seconds = time.perf_counter() - began
-        new = {path.stem.partition("-to-")[2] for path in self._kept(source) - before}
-        costs += self._converged_cost(source, new, seconds)
-        rows = [
-            dict(zip(PAIR, (*source, target.layer, target.expert), strict=True))
-            | {"inner_fvu": fit.inner_fvu}
-            | fit.row
-            for target, fit in found.items()
-        ]
-        return joined(staged, rows), costs
+        rows, random = [], []
+        for target, fit in found.items():
+            pair = (*source, target.layer, target.expert)
+            named = dict(zip(PAIR, pair, strict=True))
+            rows.append(named | {"inner_fvu": fit.inner_fvu} | fit.row)
+            random += random_rows(pair, fit.random)
+        costs += self._converged_cost(source, missing, seconds)
+        return Pairs(table=joined(staged, rows), random=random, costs=costs)
 
     def _screened(self, source: Source) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
         path = self._folder / f"{source}.parquet"
         if path.exists():
-            return pd.read_parquet(path), []
+            return read_table(path), []
         screening = self._screening
         train, held_out = self.fits.samples(source)
         began = time.perf_counter()
@@ -88,31 +99,35 @@ class Sources:
         return screened, _cost("short", len(short), operations, seconds)
 
     def _converged_cost(
-        self, source: Source, new: set[str], seconds: float
+        self, source: Source, fitted: Sequence[Target], seconds: float
     ) -> list[dict[str, Any]]:
-        """Of the targets of these names."""
-        if not new:
+        if not fitted:
             return []
-        train = len(self.fits.samples(source)[0])
-        operations = source_operations(self._shape(source.layer), self.options, train)
-        for layer, chosen in self.experts.items():
-            number = sum(str(Target(layer, expert)) in new for expert in chosen)
-            operations += number * pair_operations(self._shape(layer), self.options, train)
-        return _cost("converged", fits_of(len(new), self.options), operations, seconds)
-
-    def _kept(self, source: Source) -> set[Path]:
-        """Records of the fits of a source that lie in the run folder."""
-        results = self.fits.material.run.results_folder
-        return set(results.glob(f"fits/*/{source}-to-*.json"))
+        train, held_out = self.fits.samples(source)
+        if refusal(train, held_out) is not None:
+            return []
+        shapes = [self._shape(target.layer) for target in fitted]
+        operations = source_operations(
+            self._shape(source.layer), shapes, self.options, len(train)
+        ) + sum(pair_operations(shape, self.options, len(train)) for shape in shapes)
+        number = fits_of(len(fitted), kinds_of(shapes), self.options)
+        return _cost("converged", number, operations, seconds)
 
     @cached_property
     def _screening(self) -> Screening:
-        model = self.fits.material.model
         return Screening(
-            model=model,
-            targets=targets_seen(model, self.fits.tokens, self.experts),
+            fits=self.fits,
+            experts=self.experts,
+            outputs=ExpertTensors(folder=self._folder, name="outputs", compute=self._outputs),
             options=self.options,
         )
+
+    def _outputs(self, layer: int) -> dict[int, Tensor]:
+        """What the experts of a layer that take part make of some of their own inputs."""
+        experts = self.experts[layer]
+        inputs = [self.fits.inputs(Target(layer, expert), ROWS) for expert in experts]
+        of = [self.fits.weights(Target(layer, expert)) for expert in experts]
+        return {e: weights(x) for e, weights, x in zip(experts, of, inputs, strict=True)}
 
     def _shape(self, layer: int) -> Shape:
         return _shape(self.fits.material.model.layer(layer))

@@ -11,11 +11,11 @@ from numpy import ndarray as Array
 from scipy.stats import t as student
 
 from moescope.alignment.options import RANDOM_SEEDS
+from moescope.analyses.atlas.chance import PAIR, chance_p_values
 from moescope.measures.multiple_tests import holm
 
 LEVEL = 0.05
 LAYERS = ["source_layer", "target_layer"]
-PAIR = ["source_layer", "source_expert", "target_layer", "target_expert"]
 
 
 def score_p_values(
@@ -25,8 +25,7 @@ def score_p_values(
 
     The interval holds the spread of one more random expert, predicted from `RANDOM_SEEDS` of them:
     its tail is that of a t distribution with one degree of freedom less. Where the spread over
-    documents is the larger part the tail is thinner than that, and the p-value too large. Where
-    errors of random experts are skewed to the low side it is too small.
+    documents is the larger part the tail is thinner than that, and the p-value too large.
     """
     degrees = RANDOM_SEEDS - 1
     reach = np.where(score > low, score - low, np.nan)
@@ -36,13 +35,18 @@ def score_p_values(
     return p_values
 
 
-def with_p_values(pairs: pd.DataFrame) -> pd.DataFrame:
+def with_p_values(pairs: pd.DataFrame, random: pd.DataFrame) -> pd.DataFrame:
     """The pairs with `p_value` and `p_holm`, corrected for all pairs that were looked at.
+
+    The p-value is the larger of two: of the score, in which documents and the linear map count, and
+    of what random experts reach by chance. The first alone is too small where errors of random
+    experts are skewed to the low side, for it knows their spread from few of them.
 
     A pair without a score was looked at too: screening chose among all of them, and the best of
     many random experts is better than one more.
     """
-    p_values = score_p_values(pairs["score"].to_numpy(float), pairs["score_low"].to_numpy(float))
+    score, low = (pairs[name].to_numpy(float) for name in ("score", "score_low"))
+    p_values = np.maximum(score_p_values(score, low), chance_p_values(pairs, random))
     corrected = holm(np.nan_to_num(p_values, nan=1.0))
     return pairs.assign(
         p_value=p_values,

@@ -22,7 +22,9 @@ COLUMNS = {
     "and of f itself behind a hidden rotation (the ceiling).",
     "score": "(null - fvu) / (null - fvu_self); null: least of linear, either random kind and 1.",
     "score_low, score_high": "95% interval of the score, with the spread of random experts.",
-    "p_value, p_holm": "Of a score of zero or less; corrected for all pairs that were looked at.",
+    "p_value, p_holm": "Of doing no better than the linear map and one more random expert; "
+    "corrected for all pairs that were looked at.",
+    "kind, number": "Of random experts: with the down projection of g, or all three matrices.",
     "claimed": "Whether p_holm is below 0.05; by pair of layers, how many are.",
     "status": "ok, or why there is no number or a weak one.",
     "pairs, n, tested": "Pairs looked at; kept and fitted; with an interval.",
