@@ -131,7 +131,7 @@ def test_a_domains_own_half_of_the_experts_costs_nothing_there_and_much_elsewher
     assert own.versus_pooled_high < -0.5
     said = " ".join(finding.text for finding in planted_result.findings)
     assert "better on it than random ones" in said
-    assert "below each of 3 random choices) in 2 of 2 comparisons" in said
+    assert "one of 4 equal choices is by chance 1 time in 4) in 2 of 2 comparisons" in said
 
 
 def test_planted_experts_are_chosen(planted_result):

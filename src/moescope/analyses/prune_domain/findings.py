@@ -74,7 +74,8 @@ def _versus_random(own: pd.DataFrame) -> Finding:
         own,
         better,
         worse,
-        f"random ones (paired 95% interval below zero, and below each of {draws} random choices)",
+        f"random ones (paired 95% interval below zero, and below each of {draws} random choices, "
+        f"as one of {draws + 1} equal choices is by chance 1 time in {draws + 1})",
         "random",
     )
 
