@@ -9,7 +9,7 @@ MoEScopeError
 └── OptionError            an option or configuration key that does not exist or does not fit
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 
 
@@ -80,3 +80,19 @@ def unknown(
         expected=", ".join(names),
         remedy=f"Did you mean {near[0]!r}?" if near else None,
     )
+
+
+def require_least(options: object, least: Mapping[str, int | float]) -> None:
+    """Refuse options below the least that they may be; None is no value.
+
+    Args:
+        options: What holds them.
+        least: The least value by name.
+
+    Raises:
+        OptionError: One of them is smaller, or NaN.
+    """
+    for name, smallest in least.items():
+        value = getattr(options, name)
+        if value is not None and not value >= smallest:
+            raise OptionError(f"{name} is too small", got=value, expected=f"at least {smallest}")

@@ -9,7 +9,7 @@ from moescope.alignment.options import FitOptions, Form, SolverOptions
 from moescope.analyses.align.options import Layers
 from moescope.analyses.fits import Fits, Source
 from moescope.analyses.material import Material
-from moescope.errors import ModelError, OptionError
+from moescope.errors import ModelError, OptionError, require_least
 from moescope.models.view import MoELayer, MoEModel
 
 
@@ -44,10 +44,7 @@ class LikenessOptions:
 
     def __post_init__(self) -> None:
         lowest = {"experts_per_layer": 0, "max_tokens": 1, "tokens": 1, "random": 2, "bootstrap": 1}
-        for name, least in lowest.items():
-            value = getattr(self, name)
-            if value < least:
-                raise OptionError(f"{name} is too small", got=value, expected=f"at least {least}")
+        require_least(self, lowest)
         if self.random > 5:
             raise OptionError("random is too large", got=self.random, expected="at most 5")
         if not 0 < self.held_out_share < 1:

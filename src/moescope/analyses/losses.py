@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -104,7 +105,7 @@ class Losses:
             for setting, change in track(changes.items(), description)
         }
 
-    @property
+    @cached_property
     def unchanged(self) -> pd.DataFrame:
         """Tokens and loss of the model as it is; see `of`."""
         return self._sums(UNCHANGED, nullcontext)

@@ -57,19 +57,21 @@ class Material:
             )
         return model
 
-    def text(self, tokens: int) -> Corpus:
+    def text(self, tokens: int | None = None) -> Corpus:
         """The text that was captured, up to so many tokens.
 
         Args:
-            tokens: Where to stop, as `Packing.max_tokens`.
+            tokens: Where to stop, as `Packing.max_tokens`; None reads all.
 
         Raises:
             CaptureError: The text is another one than the captured, or cannot be found again.
         """
-        if self._given_corpus is None:
-            return reopened(self.capture).limited(tokens)
-        require_captured(self._given_corpus, self.capture)
-        return self._given_corpus.limited(tokens)
+        corpus = self._given_corpus
+        if corpus is None:
+            corpus = reopened(self.capture)
+        else:
+            require_captured(corpus, self.capture)
+        return corpus if tokens is None else corpus.limited(tokens)
 
     @cached_property
     def layers(self) -> StoredLayers:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from moescope.errors import OptionError
+from moescope.errors import OptionError, require_least
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -32,11 +32,7 @@ class CaptureOptions:
 
     def __post_init__(self) -> None:
         lowest = {"tokens": 0, "tokens_per_expert": 0, "seed": 0, "shard_tokens": 1}
-        for name, least in lowest.items():
-            if getattr(self, name) < least:
-                raise OptionError(
-                    f"{name} is too small", got=getattr(self, name), expected=f"at least {least}"
-                )
+        require_least(self, lowest)
         if self.dtype not in (None, *DTYPES):
             raise OptionError(
                 "unknown dtype for wide tensors", got=self.dtype, expected=", ".join(DTYPES)

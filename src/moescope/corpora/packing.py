@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from moescope.errors import OptionError
+from moescope.errors import OptionError, require_least
 
 Span = tuple[int, Int64[np.ndarray, "_"]]
 """Consecutive tokens of one document: its running number and the token ids. No tokens mean that
@@ -42,10 +42,7 @@ class Packing:
 
     def __post_init__(self) -> None:
         lowest = {"length": 2, "rows": 1, "shuffle": 0, "max_tokens": 1}
-        for name, least in lowest.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise OptionError(f"{name} is too small", got=value, expected=f"at least {least}")
+        require_least(self, lowest)
         if self.keep_padding and self.packed:
             raise OptionError(
                 "keep_padding goes with rows of one document: joined rows have no padding to keep",

@@ -6,7 +6,7 @@ import numpy as np
 
 from moescope.alignment.options import FitOptions, Form, SolverOptions
 from moescope.config import IntList
-from moescope.errors import OptionError
+from moescope.errors import OptionError, require_least
 from moescope.models.view import MoELayer, MoEModel
 
 
@@ -52,12 +52,7 @@ class AtlasOptions:
     def __post_init__(self) -> None:
         least = {"experts_per_layer": 1, "survivors": 1, "short_steps": 1, "rejected": 0}
         least |= {"short_rank": 0, "short_tokens": 1, "max_tokens": 1}
-        for name, smallest in least.items():
-            value = getattr(self, name)
-            if value is not None and value < smallest:
-                raise OptionError(
-                    f"{name} is too small", got=value, expected=f"at least {smallest}"
-                )
+        require_least(self, least)
         for name, value in {
             "shortlist": self.shortlist,
             "held_out_share": self.held_out_share,

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from moescope.errors import OptionError
+from moescope.errors import OptionError, require_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +32,7 @@ class AttributeOptions:
     """Seed of the places, the shuffles and the resamples."""
 
     def __post_init__(self) -> None:
-        for name, least in {"prompts": 1, "context": 1, "controls": 0, "shuffles": 1}.items():
-            value = getattr(self, name)
-            if value < least:
-                raise OptionError(f"{name} is too small", got=value, expected=f"at least {least}")
+        require_least(self, {"prompts": 1, "context": 1, "controls": 0, "shuffles": 1})
         if self.prompt is not None and self.facts is not None:
             raise OptionError("give a prompt or a file of facts, not both")
         if self.answer is not None and self.prompt is None:

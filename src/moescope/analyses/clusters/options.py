@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from moescope.analyses.likeness import FEWEST
 from moescope.analyses.likeness_options import LikenessOptions
 from moescope.config import IntList
-from moescope.errors import OptionError
+from moescope.errors import OptionError, require_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +24,7 @@ class ClustersOptions(LikenessOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in {"stability_experts": 0, "permutations": 20}.items():
-            value = getattr(self, name)
-            if value < least:
-                raise OptionError(f"{name} is too small", got=value, expected=f"at least {least}")
+        require_least(self, {"stability_experts": 0, "permutations": 20})
         if 0 < self.stability_experts < FEWEST:
             raise OptionError(
                 "too few experts to compare clusterings on",

@@ -31,8 +31,6 @@ from moescope.models.view import MoEModel
 from moescope.progress import track
 from moescope.runs import Result
 
-_EVERYTHING = 2**62
-"""More tokens than any text has."""
 _LOSSES_VERSION = 1
 """Raised with every change of what losses are of, so that none kept before it is read."""
 
@@ -121,7 +119,7 @@ def _made(planned: Sequence[Trial], fits: Fits, losses: Losses) -> dict[Trial, p
 
 def _rows(fits: Fits, tokens: int, *, held_out: bool) -> list[Batch]:
     """Some rows of the held-out documents, or of the others."""
-    model, corpus = fits.material.model, fits.material.text(_EVERYTHING)
+    model, corpus = fits.material.model, fits.material.text()
     held = fits.tokens.held_out
     return rows_in_turn(
         corpus.batches(model.tokenizer),

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from moescope.alignment.options import FitOptions, Form
-from moescope.errors import OptionError
+from moescope.errors import OptionError, require_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +42,7 @@ class DamageOptions:
 
     def __post_init__(self) -> None:
         least = {"pairs": 0, "others": 1, "targets": 0, "tokens": 1, "measure_tokens": 1}
-        for name, lowest in {**least, "max_tokens": 1, "halves": 1}.items():
-            value = getattr(self, name)
-            if value < lowest:
-                raise OptionError(f"{name} is too small", got=value, expected=f"at least {lowest}")
+        require_least(self, {**least, "max_tokens": 1, "halves": 1})
         if not 0 < self.held_out_share < 1:
             raise OptionError(
                 "held_out_share is not a share", got=self.held_out_share, expected="0 to 1"

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from moescope.errors import OptionError
+from moescope.errors import require_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +28,4 @@ class HealthOptions:
 
     def __post_init__(self) -> None:
         lowest = {"permutations": 19, "shifts": 19, "documents": 1, "shown_tokens": 2}
-        for name, least in lowest.items():
-            if getattr(self, name) < least:
-                raise OptionError(
-                    f"{name} is too small", got=getattr(self, name), expected=f"at least {least}"
-                )
+        require_least(self, lowest)

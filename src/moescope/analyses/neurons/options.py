@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from moescope.errors import OptionError
+from moescope.errors import require_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,4 @@ class NeuronsOptions:
 
     def __post_init__(self) -> None:
         lowest = {"threshold": 0, "permutations": 1, "show": 0, "group": 1, "tokens": 0}
-        for name, least in lowest.items():
-            value = getattr(self, name)
-            if value < least:
-                raise OptionError(f"{name} is too small", got=value, expected=f"at least {least}")
+        require_least(self, lowest)

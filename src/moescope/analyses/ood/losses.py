@@ -23,8 +23,6 @@ from moescope.progress import track
 
 ABLATED = "zero"
 """In tables: the output of the source expert set to zero."""
-_EVERYTHING = 2**62
-"""More tokens than any text has."""
 
 
 def substituted(
@@ -92,6 +90,6 @@ def _changes(
 def _losses(
     material: Material, documents: Bool[Tensor, " documents"], tokens: int, folder: Path
 ) -> Losses:
-    corpus, model = material.text(_EVERYTHING), material.model
+    corpus, model = material.text(), material.model
     rows = rows_in_turn(corpus.batches(model.tokenizer), documents, tokens, corpus.packing.rows)
     return Losses(model=model, batches=rows, domains=corpus.domains, folder=folder)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from moescope.alignment.options import FitOptions, Form
 from moescope.config import IntList
-from moescope.errors import OptionError
+from moescope.errors import OptionError, require_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +45,7 @@ class OodOptions:
     """Seed of every random choice."""
 
     def __post_init__(self) -> None:
-        for name, least in {"sources": 1, "random": 1, "max_train": 1, "tokens": 1}.items():
-            value = getattr(self, name)
-            if value < least:
-                raise OptionError(f"{name} is too small", got=value, expected=f"at least {least}")
+        require_least(self, {"sources": 1, "random": 1, "max_train": 1, "tokens": 1})
         if (self.source is None) != (self.target is None):
             raise OptionError(
                 "`source` and `target` go together", got=f"{self.source} and {self.target}"

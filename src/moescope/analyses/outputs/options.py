@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from moescope.errors import OptionError
+from moescope.errors import require_least
 from moescope.models.view import MoEModel
 
 
@@ -23,11 +23,7 @@ class OutputsOptions:
     """Seed of resamples, choices and permutations, and of the order of ranks that tie."""
 
     def __post_init__(self) -> None:
-        for name, least in {"tokens": 1, "matched": 0, "permutations": 1}.items():
-            if getattr(self, name) < least:
-                raise OptionError(
-                    f"{name} is too small", got=getattr(self, name), expected=f"at least {least}"
-                )
+        require_least(self, {"tokens": 1, "matched": 0, "permutations": 1})
 
 
 def operations(model: MoEModel, options: OutputsOptions) -> float:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from moescope.config import IntList
-from moescope.errors import OptionError
+from moescope.errors import OptionError, require_least
 
 Criterion = Literal["frequency", "reap"]
 Choice = Literal["unpruned", "domain", "pooled", "random"]
@@ -36,10 +36,7 @@ class PruneDomainOptions:
     forward passes are timed with."""
 
     def __post_init__(self) -> None:
-        for name, least in {"tokens": 1, "random": 1}.items():
-            value = getattr(self, name)
-            if value < least:
-                raise OptionError(f"{name} is too small", got=value, expected=f"at least {least}")
+        require_least(self, {"tokens": 1, "random": 1})
         if not self.shares and not self.counts:
             raise OptionError("there is no size to try", remedy="Give shares or counts")
         for share in self.shares:

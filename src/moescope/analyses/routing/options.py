@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from moescope.errors import OptionError
+from moescope.errors import require_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +27,4 @@ class RoutingOptions:
 
     def __post_init__(self) -> None:
         lowest = {"documents": 1, "sample": 2, "typical_tokens": 0, "least_count": 1}
-        for name, least in lowest.items():
-            if getattr(self, name) < least:
-                raise OptionError(
-                    f"{name} is too small", got=getattr(self, name), expected=f"at least {least}"
-                )
+        require_least(self, lowest)

@@ -5,7 +5,7 @@ from typing import Literal
 
 from moescope.alignment.options import RANDOM_SEEDS, FitOptions
 from moescope.config import IntList
-from moescope.errors import OptionError
+from moescope.errors import OptionError, require_least
 
 AdapterForm = Literal["low_rank", "layer_norm"]
 
@@ -57,10 +57,7 @@ class SubstituteOptions:
     def __post_init__(self) -> None:
         lowest = {"sources": 1, "candidates": 1, "max_tokens": 1, "tokens": 1, "tune_steps": 0}
         lowest |= {"rank": 0, "bootstrap": 1}
-        for name, least in lowest.items():
-            value = getattr(self, name)
-            if value < least:
-                raise OptionError(f"{name} is too small", got=value, expected=f"at least {least}")
+        require_least(self, lowest)
         if not 1 <= self.random <= RANDOM_SEEDS:
             raise OptionError(
                 "that many random draws there are not",

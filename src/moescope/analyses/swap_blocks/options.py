@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from moescope.errors import ModelError, OptionError
+from moescope.errors import ModelError, require_least
 from moescope.models.view import MoELayer, MoEModel, Stack
 
 
@@ -33,10 +33,7 @@ class SwapOptions:
     def __post_init__(self) -> None:
         lowest = {"most_questions": 1, "tokens": 1, "bootstrap": 1}
         lowest |= {"margin_accuracy": 0, "margin_loss": 0}
-        for name, least in lowest.items():
-            value = getattr(self, name)
-            if not value >= least:  # nor is NaN
-                raise OptionError(f"{name} is too small", got=value, expected=f"at least {least}")
+        require_least(self, lowest)
 
 
 @dataclass(frozen=True, kw_only=True)
